@@ -37,7 +37,7 @@ ROOM_VERBS = {"living room": "enter", "kitchen": "go to", "bathroom": "visit", "
 HOME_VERBS = {
     "food": ("walk to", "grab", "put"), "appliance": ("move to", None, None),
     "chips": ("walk to", "grab", "put"), "milk": ("step to", "take", "place"),
-    "coffee table": ("go to", None, None), "tv": ("move to", None, None), "sofa": ("approach", None, None),
+    "coffee table": ("reach", None, None), "tv": ("move to", None, None), "sofa": ("approach", None, None),
 }
 GOAL_VERBS = {"microwave": "heat", "oven": "heat", "dishwasher": "wash", "washing machine": "wash"}  # any other: "put"
 
