@@ -1,0 +1,368 @@
+"""PPO with macro-actions, for any agent: rollout, semi-Markov GAE, losses, update.
+
+Paper: Tan et al., "True Knowledge Comes from Practice", ICLR 2024 (arXiv 2401.14151), section 4.3 and its appendix.
+  [1] Schulman et al. 2017, Proximal Policy Optimization Algorithms (arXiv 1707.06347): equations 7 and 9
+  [2] Schulman et al. 2016, Generalized Advantage Estimation (arXiv 1506.02438): equation 16
+  [3] Sutton, Precup, Singh 1999, Between MDPs and semi-MDPs: an action of tau steps discounts by gamma ** tau
+
+Where to find what
+  equations       gae, normalize_advantages, policy_loss, value_loss, entropy, approximate_kl: pure functions of tensors
+  training loop   PPO.iterate: anneal, rollout, bootstrap and GAE, critic update, policy update
+
+This module knows no language model. An agent is any object with these methods (twosome.Agent is one, the MLP in
+tests/test_ppo.py another):
+  encode(obs, info) -> item          what the rollout buffer keeps of an observation; opaque to this module
+  log_probs(items) -> list[Tensor]   log pi over each item's admissible actions, with gradients where they are enabled
+  values(items) -> Tensor [B]        V(s), with gradients to the critic alone
+  policy_parameters(), value_parameters() -> list[Parameter]     two disjoint lists
+  policy_changed()                   called after each step of the policy's optimiser: forget remembered scores
+An environment is Gymnasium-shaped; its info may carry "admissible" (action indices), "duration" (primitive steps of the
+last action, 1 where absent) and "success" (where an episode ended).
+
+Deliberate differences from the published code: a time limit is a truncation and bootstraps from V(final observation);
+advantages are normalised over the whole batch, never per micro-batch; the standard deviation has a floor; actor and critic
+have gradient norms of their own; the KL bound is checked before the step it would forbid, not after.
+"""
+import collections
+import dataclasses
+
+import numpy as np
+import torch
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Equations. T steps, N environments, B samples, A actions.
+
+def gae(rewards, values, next_values, discounts, terminated, ended, gae_lambda):
+    """Generalised advantage estimation over macro-actions ([2] eq. 16 with [3]'s gamma ** tau in gamma's place).
+
+    All arguments but the last are tensors of shape [T, N]: rewards (already discounted inside a macro-action); V(s_t);
+    V(s_{t+1}) of the observation the action led to, before any reset; discounts gamma ** tau; terminated (no future);
+    ended (terminated or truncated: nothing flows back across). Returns advantages and returns, [T, N] each.
+    """
+    alive = 1.0 - terminated.float()
+    deltas = rewards + discounts * next_values * alive - values  # delta = r + gamma^tau V(s') - V(s)
+    advantages, running = torch.zeros_like(rewards), torch.zeros_like(rewards[0])
+    for t in reversed(range(len(rewards))):
+        running = deltas[t] + discounts[t] * gae_lambda * (1.0 - ended[t].float()) * running
+        advantages[t] = running
+    return advantages, advantages + values
+
+
+def normalize_advantages(advantages, floor=0.02):
+    """Zero mean and unit variance over the WHOLE batch, with a floor under the standard deviation (our choice).
+
+    Before the first reward, the advantages are a fresh critic's noise; scaled up to unit variance it drives the policy to
+    one action. The floor keeps noise that is small in units of return small in the update.
+    """
+    return (advantages - advantages.mean()) / advantages.std(unbiased=False).clamp_min(floor)
+
+
+def policy_loss(new_log_probs, old_log_probs, advantages, clip):
+    """The clipped surrogate ([1] eq. 7), negated: minimise. All [B]; returns [B], so that a caller can average parts."""
+    ratio = (new_log_probs - old_log_probs).exp()
+    return -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+
+
+def value_loss(new_values, old_values, returns, clip):
+    """Half the clipped squared error ([1] eq. 9's value term, clipped as in the published scripts). All [B]; returns [B]."""
+    clipped = old_values + (new_values - old_values).clamp(-clip, clip)
+    return 0.5 * torch.max((new_values - returns) ** 2, (clipped - returns) ** 2)
+
+
+def entropy(log_probs):
+    """-sum pi log pi of one state's admissible actions, in nats. log_probs [A], normalised. Returns a scalar."""
+    return -(log_probs.exp() * log_probs).sum()
+
+
+def approximate_kl(new_log_probs, old_log_probs):
+    """KL(old || new) from samples of old: mean of (r - 1) - log r, which is never negative. [B], [B] -> scalar."""
+    log_ratio = new_log_probs - old_log_probs
+    return (log_ratio.exp() - 1 - log_ratio).mean()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+
+class ConfigError(ValueError):
+    """A setting is impossible; the message is one line that says what would be right."""
+
+
+def option(default, help):
+    """A dataclass field whose metadata is the command line's help text."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclasses.dataclass
+class Config:
+    """What PPO needs to know. The defaults suit the embedded LLM; twosome.py holds the presets and their sources."""
+    steps: int = option(20_000, "environment steps (macro-actions) in all, over all environments")
+    num_envs: int = option(4, "environments stepped side by side")
+    rollout_steps: int = option(32, "steps an environment takes between two updates")
+    epochs: int = option(1, "passes over a rollout an update makes")
+    minibatch: int = option(32, "samples of one optimiser step, of policy and critic alike")
+    gradient_accumulation: int = option(1, "parts a policy minibatch is computed in; the result is the same, memory falls")
+    policy_lr: float = option(1e-3, "learning rate of the LoRA weights, annealed linearly to 0")
+    critic_lr: float = option(1e-3, "learning rate of the critic's MLP, annealed linearly to 0")
+    gamma: float = option(0.99, "discount per primitive step; an action of tau steps discounts by gamma ** tau")
+    gae_lambda: float = option(0.95, "lambda of generalised advantage estimation")
+    clip: float = option(0.2, "clipping range of the probability ratio and of the value")
+    entropy: float = option(0.01, "coefficient of the entropy bonus")
+    value_coefficient: float = option(0.5, "coefficient of the value loss")
+    max_grad_norm: float = option(0.5, "bound on the gradient's norm, for policy and critic apart")
+    target_kl: float = option(0.02, "an update's policy steps stop before one whose KL exceeds 1.5 times this; 0: never")
+
+    def validate(self):
+        """Raise ConfigError, in one line, for a setting that cannot work."""
+        for name in ("steps", "num_envs", "rollout_steps", "epochs", "minibatch", "gradient_accumulation"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("policy_lr", "critic_lr", "max_grad_norm"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be a positive number")
+        for name in ("entropy", "value_coefficient", "target_kl", "clip"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or a positive number")
+        for name in ("gamma", "gae_lambda"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
+        batch = self.num_envs * self.rollout_steps
+        if batch % self.minibatch:
+            raise ConfigError(f"a rollout has num_envs x rollout_steps = {self.num_envs} x {self.rollout_steps} = {batch} samples,"
+                              f" which minibatches of {self.minibatch} do not divide; try --minibatch {np.gcd(batch, self.minibatch)}")
+        if self.minibatch % self.gradient_accumulation:
+            raise ConfigError(f"gradient_accumulation {self.gradient_accumulation} does not divide the minibatch of {self.minibatch};"
+                              f" try --gradient-accumulation {np.gcd(self.minibatch, self.gradient_accumulation)}")
+        if self.steps < batch:
+            raise ConfigError(f"steps is {self.steps}, less than one rollout of {batch}; raise --steps, or lower --num-envs or --rollout-steps")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Acting
+
+def sample(log_probs, rng):
+    """Draw an index from log-probabilities [A] with one uniform number, so that a generator's use never depends on A."""
+    cumulative = np.cumsum(np.exp(log_probs.double().numpy()))
+    return int(min(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"), len(cumulative) - 1))
+
+
+def act(env, info, choice):
+    """Step `env` with the choice-th of its admissible actions."""
+    return env.step(info["admissible"][choice] if "admissible" in info else choice)
+
+
+class NonFiniteError(ArithmeticError):
+    """The policy or the critic produced a NaN or an infinity."""
+
+
+@dataclasses.dataclass
+class Rollout:
+    """What one rollout leaves. Lists are of T x N entries, time first; tensors are [T, N]."""
+    items: list
+    choices: list
+    log_probs: torch.Tensor
+    values: torch.Tensor
+    next_values: torch.Tensor
+    rewards: torch.Tensor
+    discounts: torch.Tensor
+    terminated: torch.Tensor
+    ended: torch.Tensor
+
+
+class PPO:
+    """An agent in training: environments, optimisers, counters and random generators, all of which a checkpoint holds.
+
+    make_env() -> a fresh environment; agent as the module's docstring says; config a Config; seed an integer.
+    """
+    MAX_SKIPPED = 5  # non-finite updates in a row after which training stops instead of going on for nothing
+
+    def __init__(self, make_env, agent, config, seed=0):
+        config.validate()
+        self.agent, self.config = agent, config
+        self.envs = [make_env() for _ in range(config.num_envs)]
+        # Each environment has a generator of its own: what one samples never depends on how many stand beside it.
+        self.rngs = [np.random.default_rng([seed, index]) for index in range(config.num_envs)]
+        self.shuffle = np.random.default_rng([seed, config.num_envs, 1])
+        # eps 1e-5: published scripts. AdamW without weight decay is Adam; one class serves both.
+        self.policy_optimizer = torch.optim.Adam(agent.policy_parameters(), lr=config.policy_lr, eps=1e-5)
+        self.value_optimizer = torch.optim.Adam(agent.value_parameters(), lr=config.critic_lr, eps=1e-5)
+        self.steps = self.updates = self.episodes = self.skipped = self.skipped_in_a_row = 0
+        self.recent = collections.deque(maxlen=100)  # (return, success, primitive steps) of the last episodes
+        self.current = [env.reset(seed=seed * 10_007 + index) for index, env in enumerate(self.envs)]
+        self.running = [[0.0, 1.0, 0] for _ in self.envs]  # return so far, discount so far, primitive steps so far
+
+    @property
+    def total_updates(self):
+        """Updates in the whole run: the last partial rollout is not taken."""
+        return self.config.steps // (self.config.num_envs * self.config.rollout_steps)
+
+    def iterate(self):
+        """One iteration: anneal, rollout, bootstrap and GAE, critic update, policy update. Returns the metrics, a dict."""
+        # 1. Anneal both learning rates linearly to 0 (published scripts).
+        left = 1.0 - self.updates / self.total_updates
+        self.policy_optimizer.param_groups[0]["lr"] = self.config.policy_lr * left
+        self.value_optimizer.param_groups[0]["lr"] = self.config.critic_lr * left
+        # 2. Rollout: the policy stands still, so an agent may remember what it has scored.
+        rollout = self.rollout()
+        # 3. Bootstrapping and GAE; normalised once, over the whole batch.
+        advantages, returns = gae(rollout.rewards, rollout.values, rollout.next_values, rollout.discounts,
+                                  rollout.terminated, rollout.ended, self.config.gae_lambda)
+        explained = 1 - (returns - rollout.values).var(unbiased=False) / returns.var(unbiased=False).clamp_min(1e-8)
+        advantages = normalize_advantages(advantages).flatten()
+        # 4. and 5. The critic first: it moves no policy, and the policy's pass is the dear one.
+        metrics = {**self.update_critic(rollout, returns.flatten()), **self.update_policy(rollout, advantages)}
+        self.updates += 1
+        # 6. What happened.
+        recent = np.array(self.recent, dtype=float).reshape(-1, 3)
+        mean = recent.mean(0) if len(recent) else (float("nan"),) * 3
+        return {"update": self.updates, "steps": self.steps, "episodes": self.episodes, "return": mean[0], "success": mean[1],
+                "episode_steps": mean[2], **metrics, "explained_variance": explained.item(), "learning_rate": self.config.policy_lr * left,
+                "skipped": self.skipped}
+
+    @torch.no_grad()
+    def rollout(self):
+        """Take rollout_steps actions in each environment. Returns a Rollout."""
+        config, (T, N) = self.config, (self.config.rollout_steps, self.config.num_envs)
+        items, choices = [], []
+        log_probs, values, rewards, discounts = (torch.zeros(T, N) for _ in range(4))
+        terminated, ended = torch.zeros(T, N, dtype=torch.bool), torch.zeros(T, N, dtype=torch.bool)
+        finals = {}  # (t, n) -> encoded final observation of a truncated episode
+        now = [self.agent.encode(*pair) for pair in self.current]
+        for t in range(T):
+            policy = [scores.float().cpu() for scores in self.agent.log_probs(now)]
+            values[t] = self.agent.values(now).float().cpu()
+            items += now
+            for n, env in enumerate(self.envs):
+                choice = sample(policy[n], self.rngs[n])
+                obs, reward, done, cut, info = act(env, self.current[n][1], choice)
+                tau = info.get("duration", 1)
+                choices.append(choice)
+                log_probs[t, n], rewards[t, n], discounts[t, n] = policy[n][choice], reward, config.gamma ** tau
+                terminated[t, n], ended[t, n] = done, done or cut
+                if cut and not done:
+                    finals[t, n] = self.agent.encode(obs, info)
+                self.count(n, reward, tau, done or cut, info.get("success", done))
+                self.current[n] = env.reset() if done or cut else (obs, info)
+            now = [self.agent.encode(*pair) for pair in self.current]
+            self.steps += N
+        # V(s_{t+1}): the next row's values; after the last row, of where the environments stand; at a truncation, of the
+        # final observation (the next row already belongs to another episode). At a termination it is never used.
+        next_values = torch.cat([values[1:], self.agent.values(now).float().cpu()[None]])
+        if finals:
+            rows, columns = zip(*finals)
+            next_values[list(rows), list(columns)] = self.agent.values(list(finals.values())).float().cpu()
+        if not (torch.isfinite(log_probs).all() and torch.isfinite(next_values).all() and torch.isfinite(values).all()):
+            raise NonFiniteError("the agent's log-probabilities or values are not finite")
+        return Rollout(items, choices, log_probs, values, next_values, rewards, discounts, terminated, ended)
+
+    def count(self, n, reward, tau, over, success):
+        """Keep the running return of environment n, discounted from its episode's start per primitive step."""
+        run = self.running[n]
+        run[0], run[1], run[2] = run[0] + run[1] * reward, run[1] * self.config.gamma ** tau, run[2] + tau
+        if over:
+            self.recent.append((run[0], float(success), run[2]))
+            self.episodes += 1
+            self.running[n] = [0.0, 1.0, 0]
+
+    def update_critic(self, rollout, returns):
+        """Clipped value loss on the stored items; the agent's features do not change, so no LLM pass is in here."""
+        config, old, losses, norms = self.config, rollout.values.flatten(), [], []
+        for batch in self.minibatches(len(rollout.items)):
+            new = self.agent.values([rollout.items[i] for i in batch]).float()
+            target = lambda tensor: tensor[batch].to(new.device)
+            loss = value_loss(new, target(old), target(returns), config.clip).mean()
+            (config.value_coefficient * loss).backward()
+            norms.append(self.step(self.value_optimizer, self.agent.value_parameters()))
+            losses.append(loss.item())
+        return {"value_loss": np.mean(losses), "value_grad_norm": np.mean(norms)}
+
+    def update_policy(self, rollout, advantages):
+        """Clipped surrogate minus entropy bonus, with the KL of a whole minibatch checked before its step is taken."""
+        config, old = self.config, rollout.log_probs.flatten()
+        stats = collections.defaultdict(list)
+        for batch in self.minibatches(len(rollout.items)):
+            new, bonus = [], []
+            for part in np.split(batch, config.gradient_accumulation):
+                scores = self.agent.log_probs([rollout.items[i] for i in part])
+                chosen = torch.stack([row[rollout.choices[i]] for row, i in zip(scores, part)])
+                entropies = torch.stack([entropy(row) for row in scores])
+                loss = policy_loss(chosen, old[part].to(chosen.device), advantages[part].to(chosen.device), config.clip)
+                ((loss - config.entropy * entropies).sum() / len(batch)).backward()
+                new.append(chosen.detach().cpu())
+                bonus.append(entropies.detach().cpu())
+            new, bonus = torch.cat(new), torch.cat(bonus)
+            kl = approximate_kl(new, old[batch]).item()
+            stats["kl"].append(kl)
+            stats["entropy"].append(bonus.mean().item())
+            stats["policy_loss"].append(policy_loss(new, old[batch], advantages[batch], config.clip).mean().item())
+            stats["clip_fraction"].append(((new - old[batch]).exp() - 1).abs().gt(config.clip).float().mean().item())
+            if config.target_kl and kl > 1.5 * config.target_kl:  # the published scripts' factor
+                self.policy_optimizer.zero_grad(set_to_none=True)
+                break
+            stats["policy_grad_norm"].append(self.step(self.policy_optimizer, self.agent.policy_parameters()))
+            self.agent.policy_changed()
+        return {name: np.mean(stats[name]) if stats[name] else float("nan")
+                for name in ("policy_loss", "entropy", "kl", "clip_fraction", "policy_grad_norm")}
+
+    def minibatches(self, size):
+        """Index arrays of `minibatch` samples, every sample once an epoch, freshly shuffled."""
+        for _ in range(self.config.epochs):
+            yield from np.split(self.shuffle.permutation(size), size // self.config.minibatch)
+
+    def step(self, optimizer, parameters):
+        """Clip this optimiser's gradients by their own norm and step; a non-finite gradient is dropped and counted."""
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm).item()
+        if np.isfinite(norm):
+            optimizer.step()
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+            if self.skipped_in_a_row >= self.MAX_SKIPPED:
+                raise NonFiniteError(f"{self.MAX_SKIPPED} gradients in a row were not finite")
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def state_dict(self):
+        """Everything but tensors that a checkpoint needs for a bit-for-bit continuation, as JSON-able values."""
+        return {"steps": self.steps, "updates": self.updates, "episodes": self.episodes, "skipped": self.skipped,
+                "skipped_in_a_row": self.skipped_in_a_row, "recent": [list(row) for row in self.recent],
+                "running": [list(row) for row in self.running], "envs": [env.state_dict() for env in self.envs],
+                "rngs": [rng.bit_generator.state for rng in self.rngs], "shuffle": self.shuffle.bit_generator.state}
+
+    def load_state_dict(self, state):
+        """Continue where state_dict() left off. The environments' load_state_dict return (obs, info)."""
+        for name in ("steps", "updates", "episodes", "skipped", "skipped_in_a_row"):
+            setattr(self, name, state[name])
+        self.recent = collections.deque((tuple(row) for row in state["recent"]), maxlen=self.recent.maxlen)
+        self.running = [list(row) for row in state["running"]]
+        self.current = [env.load_state_dict(saved) for env, saved in zip(self.envs, state["envs"], strict=True)]
+        for rng, saved in zip([*self.rngs, self.shuffle], [*state["rngs"], state["shuffle"]], strict=True):
+            rng.bit_generator.state = saved
+
+
+def evaluate(make_env, agent, episodes, seed, gamma):
+    """Play `episodes` episodes side by side, one an environment, sampling from the policy; the agent does not learn.
+
+    Returns {"returns": [episodes] discounted per primitive step by gamma, "successes": [episodes]}, numpy arrays. Each
+    episode has a generator of its own, so that the result depends neither on the order nor on which episode ends first.
+    """
+    envs = [make_env() for _ in range(episodes)]
+    rngs = [np.random.default_rng([seed, index]) for index in range(episodes)]
+    current = [env.reset(seed=seed * 10_007 + index) for index, env in enumerate(envs)]
+    returns, discounts, successes = np.zeros(episodes), np.ones(episodes), np.zeros(episodes)
+    alive = list(range(episodes))
+    while alive:
+        with torch.no_grad():
+            policy = agent.log_probs([agent.encode(*current[i]) for i in alive])
+        over = set()
+        for i, scores in zip(alive, policy):
+            obs, reward, done, cut, info = act(envs[i], current[i][1], sample(scores.float().cpu(), rngs[i]))
+            returns[i] += discounts[i] * reward
+            discounts[i] *= gamma ** info.get("duration", 1)
+            current[i] = (obs, info)
+            if done or cut:
+                successes[i] = info.get("success", done)
+                over.add(i)
+        alive = [i for i in alive if i not in over]
+    return {"returns": returns, "successes": successes}
