@@ -28,6 +28,7 @@ import dataclasses
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,45 +152,83 @@ def act(env, info, choice):
     return env.step(info["admissible"][choice] if "admissible" in info else choice)
 
 
+def processes():
+    """(rank, size) of torch.distributed's processes; (0, 1) where there is one."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def gather(value):
+    """Every process's value (any object), in the order of their ranks."""
+    values = [value] * processes()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def add_up(tensors):
+    """Sum tensors over the processes, in place, in one message."""
+    if processes()[1] > 1:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(total.view_as(tensor))
+
+
 class NonFiniteError(ArithmeticError):
     """The policy or the critic produced a NaN or an infinity."""
 
 
 @dataclasses.dataclass
 class Rollout:
-    """What one rollout leaves. Lists are of T x N entries, time first; tensors are [T, N]."""
+    """What one rollout leaves: the list of T x N encoded observations, time first, and tensors [T, N]."""
     items: list
-    choices: list
-    log_probs: torch.Tensor
-    values: torch.Tensor
-    next_values: torch.Tensor
-    rewards: torch.Tensor
-    discounts: torch.Tensor
-    terminated: torch.Tensor
-    ended: torch.Tensor
+    choices: torch.Tensor      # index of the action taken among the item's admissible ones
+    log_probs: torch.Tensor    # log pi of it, when it was taken
+    values: torch.Tensor       # V(s_t)
+    next_values: torch.Tensor  # V(s_{t+1}), of the final observation where a time limit cut the episode
+    rewards: torch.Tensor      # already discounted inside a macro-action
+    durations: torch.Tensor    # tau, primitive steps
+    terminated: torch.Tensor   # the task ended the episode
+    ended: torch.Tensor        # the task or the time limit did
+    successes: torch.Tensor    # where ended: did it succeed
+
+    @classmethod
+    def join(cls, parts):
+        """One rollout from those of several processes, environments side by side in the order of the ranks."""
+        tensors = {field.name: torch.cat([getattr(part, field.name) for part in parts], dim=1) for field in dataclasses.fields(cls)[1:]}
+        T = len(parts[0].values)
+        rows = [[part.items[t * part.values.shape[1]:(t + 1) * part.values.shape[1]] for part in parts] for t in range(T)]
+        return cls([item for row in rows for part in row for item in part], **tensors)
 
 
 class PPO:
     """An agent in training: environments, optimisers, counters and random generators, all of which a checkpoint holds.
 
     make_env() -> a fresh environment; agent as the module's docstring says; config a Config; seed an integer.
+    Under torch.distributed each process steps its share of the environments and computes its share of every minibatch; all
+    else, the permutations and the annealing included, is the same in each, so that the result is that of one process.
     """
     MAX_SKIPPED = 5  # non-finite updates in a row after which training stops instead of going on for nothing
 
     def __init__(self, make_env, agent, config, seed=0):
         config.validate()
-        self.agent, self.config = agent, config
-        self.envs = [make_env() for _ in range(config.num_envs)]
+        self.agent, self.config, (self.rank, self.world) = agent, config, processes()
+        if config.num_envs % self.world:
+            raise ConfigError(f"{config.num_envs} environments cannot be split over {self.world} processes; use a multiple, such as"
+                              f" --num-envs {-(-config.num_envs // self.world) * self.world}")
+        share = config.num_envs // self.world
+        mine = range(self.rank * share, (self.rank + 1) * share)
+        self.envs = [make_env() for _ in mine]
         # Each environment has a generator of its own: what one samples never depends on how many stand beside it.
-        self.rngs = [np.random.default_rng([seed, index]) for index in range(config.num_envs)]
+        self.rngs = [np.random.default_rng([seed, index]) for index in mine]
         self.shuffle = np.random.default_rng([seed, config.num_envs, 1])
         # eps 1e-5: published scripts. AdamW without weight decay is Adam; one class serves both.
         self.policy_optimizer = torch.optim.Adam(agent.policy_parameters(), lr=config.policy_lr, eps=1e-5)
         self.value_optimizer = torch.optim.Adam(agent.value_parameters(), lr=config.critic_lr, eps=1e-5)
         self.steps = self.updates = self.episodes = self.skipped = self.skipped_in_a_row = 0
         self.recent = collections.deque(maxlen=100)  # (return, success, primitive steps) of the last episodes
-        self.current = [env.reset(seed=seed * 10_007 + index) for index, env in enumerate(self.envs)]
-        self.running = [[0.0, 1.0, 0] for _ in self.envs]  # return so far, discount so far, primitive steps so far
+        self.current = [env.reset(seed=seed * 10_007 + index) for index, env in zip(mine, self.envs)]
+        self.running = [[0.0, 1.0, 0] for _ in range(config.num_envs)]  # return, discount and primitive steps so far
 
     @property
     def total_updates(self):
@@ -203,10 +242,12 @@ class PPO:
         self.policy_optimizer.param_groups[0]["lr"] = self.config.policy_lr * left
         self.value_optimizer.param_groups[0]["lr"] = self.config.critic_lr * left
         # 2. Rollout: the policy stands still, so an agent may remember what it has scored.
-        rollout = self.rollout()
+        self.agent.policy_changed()  # also where no step was taken: a resumed run has nothing remembered either
+        rollout = Rollout.join(gather(self.rollout()))
+        self.count(rollout)
         # 3. Bootstrapping and GAE; normalised once, over the whole batch.
-        advantages, returns = gae(rollout.rewards, rollout.values, rollout.next_values, rollout.discounts,
-                                  rollout.terminated, rollout.ended, self.config.gae_lambda)
+        advantages, returns = gae(rollout.rewards, rollout.values, rollout.next_values,
+                                  self.config.gamma ** rollout.durations, rollout.terminated, rollout.ended, self.config.gae_lambda)
         explained = 1 - (returns - rollout.values).var(unbiased=False) / returns.var(unbiased=False).clamp_min(1e-8)
         advantages = normalize_advantages(advantages).flatten()
         # 4. and 5. The critic first: it moves no policy, and the policy's pass is the dear one.
@@ -221,82 +262,95 @@ class PPO:
 
     @torch.no_grad()
     def rollout(self):
-        """Take rollout_steps actions in each environment. Returns a Rollout."""
-        config, (T, N) = self.config, (self.config.rollout_steps, self.config.num_envs)
-        items, choices = [], []
-        log_probs, values, rewards, discounts = (torch.zeros(T, N) for _ in range(4))
-        terminated, ended = torch.zeros(T, N, dtype=torch.bool), torch.zeros(T, N, dtype=torch.bool)
-        finals = {}  # (t, n) -> encoded final observation of a truncated episode
+        """Take rollout_steps actions in each of this process's environments. Returns a Rollout."""
+        T, N = self.config.rollout_steps, len(self.envs)
+        items, finals = [], {}  # finals: (t, n) -> encoded final observation of an episode that the time limit cut
+        log_probs, values, rewards, durations, successes = torch.zeros(5, T, N).unbind()
+        choices = torch.zeros(T, N, dtype=torch.long)
+        terminated, ended = torch.zeros(2, T, N, dtype=torch.bool).unbind()
         now = [self.agent.encode(*pair) for pair in self.current]
         for t in range(T):
             policy = [scores.float().cpu() for scores in self.agent.log_probs(now)]
             values[t] = self.agent.values(now).float().cpu()
             items += now
             for n, env in enumerate(self.envs):
+                if not torch.isfinite(policy[n]).all():
+                    raise NonFiniteError("the policy's log-probabilities are not finite")
                 choice = sample(policy[n], self.rngs[n])
                 obs, reward, done, cut, info = act(env, self.current[n][1], choice)
-                tau = info.get("duration", 1)
-                choices.append(choice)
-                log_probs[t, n], rewards[t, n], discounts[t, n] = policy[n][choice], reward, config.gamma ** tau
-                terminated[t, n], ended[t, n] = done, done or cut
+                choices[t, n], log_probs[t, n], rewards[t, n] = choice, policy[n][choice], float(reward)
+                durations[t, n], terminated[t, n], ended[t, n] = info.get("duration", 1), done, done or cut
+                successes[t, n] = float((done or cut) and info.get("success", done))
                 if cut and not done:
                     finals[t, n] = self.agent.encode(obs, info)
-                self.count(n, reward, tau, done or cut, info.get("success", done))
                 self.current[n] = env.reset() if done or cut else (obs, info)
             now = [self.agent.encode(*pair) for pair in self.current]
-            self.steps += N
         # V(s_{t+1}): the next row's values; after the last row, of where the environments stand; at a truncation, of the
         # final observation (the next row already belongs to another episode). At a termination it is never used.
         next_values = torch.cat([values[1:], self.agent.values(now).float().cpu()[None]])
         if finals:
             rows, columns = zip(*finals)
             next_values[list(rows), list(columns)] = self.agent.values(list(finals.values())).float().cpu()
-        if not (torch.isfinite(log_probs).all() and torch.isfinite(next_values).all() and torch.isfinite(values).all()):
-            raise NonFiniteError("the agent's log-probabilities or values are not finite")
-        return Rollout(items, choices, log_probs, values, next_values, rewards, discounts, terminated, ended)
+        if not (torch.isfinite(next_values).all() and torch.isfinite(values).all()):
+            raise NonFiniteError("the critic's values are not finite")
+        return Rollout(items, choices, log_probs, values, next_values, rewards, durations, terminated, ended, successes)
 
-    def count(self, n, reward, tau, over, success):
-        """Keep the running return of environment n, discounted from its episode's start per primitive step."""
-        run = self.running[n]
-        run[0], run[1], run[2] = run[0] + run[1] * reward, run[1] * self.config.gamma ** tau, run[2] + tau
-        if over:
-            self.recent.append((run[0], float(success), run[2]))
-            self.episodes += 1
-            self.running[n] = [0.0, 1.0, 0]
+    def count(self, rollout):
+        """Follow each environment's return, discounted from its episode's start per primitive step, and the steps taken."""
+        for t in range(len(rollout.values)):
+            for n, run in enumerate(self.running):
+                reward, tau = rollout.rewards[t, n].item(), rollout.durations[t, n].item()
+                run[0], run[1], run[2] = run[0] + run[1] * reward, run[1] * self.config.gamma ** tau, run[2] + tau
+                if rollout.ended[t, n]:
+                    self.recent.append((run[0], rollout.successes[t, n].item(), run[2]))
+                    self.episodes += 1
+                    self.running[n] = [0.0, 1.0, 0.0]
+        self.steps += rollout.values.numel()
+
+    def share(self, rollout, batch):
+        """This process's part of a minibatch: every world-th of its distinct items, so that no item is computed twice."""
+        if self.world == 1:
+            return batch
+        order = {item: place for place, item in enumerate(dict.fromkeys(rollout.items[i] for i in batch))}
+        return np.array([i for i in batch if order[rollout.items[i]] % self.world == self.rank], dtype=int)
 
     def update_critic(self, rollout, returns):
         """Clipped value loss on the stored items; the agent's features do not change, so no LLM pass is in here."""
         config, old, losses, norms = self.config, rollout.values.flatten(), [], []
         for batch in self.minibatches(len(rollout.items)):
-            new = self.agent.values([rollout.items[i] for i in batch]).float()
-            target = lambda tensor: tensor[batch].to(new.device)
-            loss = value_loss(new, target(old), target(returns), config.clip).mean()
-            (config.value_coefficient * loss).backward()
+            loss, mine = torch.zeros(1), self.share(rollout, batch)
+            if len(mine):
+                new = self.agent.values([rollout.items[i] for i in mine]).float()
+                part = value_loss(new, old[mine].to(new.device), returns[mine].to(new.device), config.clip).sum() / len(batch)
+                (config.value_coefficient * part).backward()
+                loss += part.item()
+            add_up([loss])
             norms.append(self.step(self.value_optimizer, self.agent.value_parameters()))
             losses.append(loss.item())
         return {"value_loss": np.mean(losses), "value_grad_norm": np.mean(norms)}
 
     def update_policy(self, rollout, advantages):
         """Clipped surrogate minus entropy bonus, with the KL of a whole minibatch checked before its step is taken."""
-        config, old = self.config, rollout.log_probs.flatten()
+        config, old, choices = self.config, rollout.log_probs.flatten(), rollout.choices.flatten()
         stats = collections.defaultdict(list)
         for batch in self.minibatches(len(rollout.items)):
-            new, bonus = [], []
-            for part in np.split(batch, config.gradient_accumulation):
+            sums = torch.zeros(4)  # KL, entropy, loss, clipped: each a mean over the minibatch once the parts are added up
+            for part in np.array_split(self.share(rollout, batch), config.gradient_accumulation):
+                if not len(part):
+                    continue
                 scores = self.agent.log_probs([rollout.items[i] for i in part])
-                chosen = torch.stack([row[rollout.choices[i]] for row, i in zip(scores, part)])
+                new = torch.stack([row[choices[i]] for row, i in zip(scores, part)])
                 entropies = torch.stack([entropy(row) for row in scores])
-                loss = policy_loss(chosen, old[part].to(chosen.device), advantages[part].to(chosen.device), config.clip)
-                ((loss - config.entropy * entropies).sum() / len(batch)).backward()
-                new.append(chosen.detach().cpu())
-                bonus.append(entropies.detach().cpu())
-            new, bonus = torch.cat(new), torch.cat(bonus)
-            kl = approximate_kl(new, old[batch]).item()
-            stats["kl"].append(kl)
-            stats["entropy"].append(bonus.mean().item())
-            stats["policy_loss"].append(policy_loss(new, old[batch], advantages[batch], config.clip).mean().item())
-            stats["clip_fraction"].append(((new - old[batch]).exp() - 1).abs().gt(config.clip).float().mean().item())
-            if config.target_kl and kl > 1.5 * config.target_kl:  # the published scripts' factor
+                before = old[part].to(new.device)
+                losses = policy_loss(new, before, advantages[part].to(new.device), config.clip)
+                ((losses - config.entropy * entropies).sum() / len(batch)).backward()
+                with torch.no_grad():
+                    clipped = ((new - before).exp() - 1).abs() > config.clip
+                    sums += torch.stack([approximate_kl(new, before) * len(part), entropies.sum(), losses.sum(), clipped.sum()]).cpu() / len(batch)
+            add_up([sums])
+            for name, value in zip(("kl", "entropy", "policy_loss", "clip_fraction"), sums.tolist()):
+                stats[name].append(value)
+            if config.target_kl and stats["kl"][-1] > 1.5 * config.target_kl:  # the published scripts' factor
                 self.policy_optimizer.zero_grad(set_to_none=True)
                 break
             stats["policy_grad_norm"].append(self.step(self.policy_optimizer, self.agent.policy_parameters()))
@@ -311,6 +365,10 @@ class PPO:
 
     def step(self, optimizer, parameters):
         """Clip this optimiser's gradients by their own norm and step; a non-finite gradient is dropped and counted."""
+        if self.world > 1:  # each process holds its share of the sum, and none at all where it had no share
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            add_up([parameter.grad for parameter in parameters])
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm).item()
         if np.isfinite(norm):
             optimizer.step()
@@ -325,19 +383,22 @@ class PPO:
 
     def state_dict(self):
         """Everything but tensors that a checkpoint needs for a bit-for-bit continuation, as JSON-able values."""
+        parts = gather([(env.state_dict(), rng.bit_generator.state) for env, rng in zip(self.envs, self.rngs)])
+        environments, generators = zip(*[pair for part in parts for pair in part])
         return {"steps": self.steps, "updates": self.updates, "episodes": self.episodes, "skipped": self.skipped,
                 "skipped_in_a_row": self.skipped_in_a_row, "recent": [list(row) for row in self.recent],
-                "running": [list(row) for row in self.running], "envs": [env.state_dict() for env in self.envs],
-                "rngs": [rng.bit_generator.state for rng in self.rngs], "shuffle": self.shuffle.bit_generator.state}
+                "running": [list(row) for row in self.running], "envs": list(environments), "rngs": list(generators),
+                "shuffle": self.shuffle.bit_generator.state}
 
     def load_state_dict(self, state):
-        """Continue where state_dict() left off. The environments' load_state_dict return (obs, info)."""
+        """Continue where state_dict() left off, with any number of processes. An environment's load_state_dict gives (obs, info)."""
         for name in ("steps", "updates", "episodes", "skipped", "skipped_in_a_row"):
             setattr(self, name, state[name])
         self.recent = collections.deque((tuple(row) for row in state["recent"]), maxlen=self.recent.maxlen)
         self.running = [list(row) for row in state["running"]]
-        self.current = [env.load_state_dict(saved) for env, saved in zip(self.envs, state["envs"], strict=True)]
-        for rng, saved in zip([*self.rngs, self.shuffle], [*state["rngs"], state["shuffle"]], strict=True):
+        mine = slice(self.rank * len(self.envs), (self.rank + 1) * len(self.envs))
+        self.current = [env.load_state_dict(saved) for env, saved in zip(self.envs, state["envs"][mine], strict=True)]
+        for rng, saved in zip([*self.rngs, self.shuffle], [*state["rngs"][mine], state["shuffle"]], strict=True):
             rng.bit_generator.state = saved
 
 

@@ -119,13 +119,13 @@ def test_truncation_bootstraps_and_termination_does_not():
     agent = MLP(4, 2)
     agent.values = lambda items: torch.full((len(items),), 5.0)
     rollout = ppo.PPO(Corridor, agent, SMALL, seed=3).rollout()
-    advantages, returns = ppo.gae(rollout.rewards, rollout.values, rollout.next_values, rollout.discounts, rollout.terminated,
-                                  rollout.ended, 0.0)
+    advantages, returns = ppo.gae(rollout.rewards, rollout.values, rollout.next_values, 0.9 ** rollout.durations,
+                                  rollout.terminated, rollout.ended, 0.0)
     cut = rollout.ended & ~rollout.terminated
     assert cut.any() and rollout.terminated.any()
-    assert torch.allclose(returns[cut], rollout.discounts[cut] * 5)
+    assert torch.allclose(returns[cut], 0.9 ** rollout.durations[cut] * 5)
     assert torch.allclose(returns[rollout.terminated], torch.ones(int(rollout.terminated.sum())))
-    assert set(rollout.discounts.flatten().numpy().round(5)) == {np.float32(0.9), np.float32(0.81)}
+    assert set(rollout.durations.flatten().tolist()) == {1, 2}
 
 
 def test_bootstraps_from_the_final_observation_not_the_next_episodes():
