@@ -1,33 +1,33 @@
 """The two environments of TWOSOME: a partially observed Overcooked kitchen and a VirtualHome-style home.
 
 Reference: Tan et al., "True Knowledge Comes from Practice: Aligning LLMs with Embodied Environments via Reinforcement
-Learning", ICLR 2024, arXiv 2401.14151, section 5. This module needs numpy alone and imports nothing of the project, so it
-can be copied as it is. Where gymnasium is installed the classes are gymnasium.Env with spaces, registered as
-"twosome/Overcooked-v0" and "twosome/VirtualHome-v0"; without it they are plain classes with the same methods.
+Learning", ICLR 2024, arXiv 2401.14151, section 5. Needs numpy alone and imports nothing of the project: copy it as it is. With
+gymnasium installed the classes are gymnasium.Env with spaces, registered as "twosome/Overcooked-v0" and
+"twosome/VirtualHome-v0"; without it they are plain classes with the same methods.
 
     import envs
     env = envs.make("overcooked", task="tomato-lettuce-salad")
-    obs, info = env.reset()                                       # obs: float32, obs[i] is the value of env.feature_names[i]
+    obs, info = env.reset()                               # float32; obs[i] is the value of env.feature_names[i]
     obs, reward, terminated, truncated, info = env.step(env.action_names.index("get tomato"))
     envs.make("virtualhome", task="food-preparation", food="lasagna", appliance="oven")     # same dynamics, other nouns
 
-Map: errors; _Env (what both share); Overcooked (LAYOUTS, TASKS, class); VirtualHome (OBJECTS, ACTIONS, FEATURES, GOALS,
-TASKS, class); make and registration.
+Map: errors; _Env, what both share; Overcooked: LAYOUTS, OVERCOOKED_TASKS, the class; VirtualHome: OBJECTS, GOALS, ACTIONS,
+FEATURES, HOME_TASKS, the class; make and registration.
 
-What info carries after reset and after every step
-    state       named state, JSON-able, for a text layer to render; each class says what is in it. It never tells more than
-                the observation: equal observations have equal states, so an MLP and an LLM play the same game.
-    admissible  indices of the actions that the published mask lets a policy choose from. It may be EMPTY (see VirtualHome):
-                read that as "no advice", every action may be sent.
-    duration    primitive steps that the last action took (0 after reset): a semi-Markov learner discounts by gamma**duration
+info, after reset and after every step
+    state       named state, JSON-able, for a text layer to render. It never tells more than the observation: equal
+                observations have equal states, so an MLP and an LLM play the same game.
+    admissible  indices of the actions that the published mask lets a policy choose from. It can be EMPTY (see _stuck): read
+                that as "no advice, choose among all", as the recorded episodes do.
+    duration    primitive steps of the last action (0 after reset): a semi-Markov learner discounts by gamma**duration
     success     only when the episode has ended: whether the task was done
 
-The return of an episode is the sum of gamma**k r_k over primitive steps k = 0, 1, ... of the whole episode. An action that
-lasts several steps answers with its own part, discounted from its own start, so the return is also the sum over
-actions of gamma**(steps before it) * reward. env.best_return is the largest return from the start (None where unknown).
+The return of an episode is the sum of gamma**k r_k over its primitive steps k = 0, 1, ... An action of several steps answers with
+its own part, discounted from its own start; so the return is also the sum over actions of gamma**(steps before) * reward. In
+the home every action is one step. env.best_return is the largest return from the start (None where unknown).
 
-Where a rule comes from is marked: "paper", "published" (scripts and simulators of the authors, observed from recorded
-episodes), "our choice". Deliberate deviations: a time limit is a truncation, not a termination; wrong input raises.
+Where a rule comes from is marked: "paper"; "published" (the authors' scripts, and recorded episodes of their simulators); "our
+choice". Deliberate deviations: a time limit is a truncation, not a termination; wrong input raises.
 """
 from __future__ import annotations
 
@@ -41,33 +41,17 @@ import numpy as np
 
 try:
     import gymnasium
-except ImportError:  # gymnasium is optional: nothing below depends on it but spaces and registration
+except ImportError:  # optional: only spaces and registration depend on it
     gymnasium = None
 
 
 # ------------------------------------------------------------------------------------------------------------- errors
-class EnvError(ValueError):
-    """Anything this module refuses, in one line that says what was wrong and what would be right."""
-
-
-class UnknownNameError(EnvError):
-    """No such environment, task or option."""
-
-
-class OptionError(EnvError):
-    """An option exists, and its value cannot be used."""
-
-
-class ActionError(EnvError):
-    """Not the index of an action."""
-
-
-class EpisodeError(EnvError):
-    """A step before reset, or after the end of the episode."""
-
-
-class StateError(EnvError):
-    """load_state_dict was given something that state_dict of the same task never returns."""
+class EnvError(ValueError): """Anything this module refuses, in one line: what was wrong, and what would be right."""
+class UnknownNameError(EnvError): """No such environment, task or option."""
+class OptionError(EnvError): """The option exists, its value cannot be used."""
+class ActionError(EnvError): """Not the index of an action."""
+class EpisodeError(EnvError): """A step before reset, or after the end of the episode."""
+class StateError(EnvError): """load_state_dict was given something that state_dict of this task never returns."""
 
 
 def _known(kind, name, known):
@@ -115,7 +99,7 @@ class _Env(gymnasium.Env if gymnasium else object):
         self.phase, self.elapsed, self.duration = phase, 0, 0
         self._start()
 
-    def reset(self, *, seed=None, options=None):
+    def reset(self, seed=None, options=None):
         """-> (obs, info). seed is accepted and changes nothing; there are no reset options."""
         if options:
             raise OptionError(f"reset takes no options, got {options!r}")
@@ -137,6 +121,9 @@ class _Env(gymnasium.Env if gymnasium else object):
         obs, info = self.observe()
         return obs, reward, done, truncated, info
 
+    def close(self):
+        """Nothing to release; here for callers that treat every environment alike."""
+
     def observe(self):
         """-> (obs, info) of the present moment, as the last reset or step gave them: what a resumed run continues from."""
         info = {"state": self._named_state(), "admissible": self._admissible(), "duration": self.duration}
@@ -146,13 +133,11 @@ class _Env(gymnasium.Env if gymnasium else object):
 
     def _index(self, action):
         """The action as an int. A bool is refused: True would otherwise pass for action 1."""
-        index = action
-        if type(action) is not int:
-            try:
-                index = None if "bool" in str(getattr(action, "dtype", type(action))) else operator.index(action)
-            except TypeError:
-                index = None
-        if index is None or not 0 <= index < len(self.action_names):
+        try:
+            index = -1 if "bool" in str(getattr(action, "dtype", type(action))) else operator.index(action)
+        except TypeError:
+            index = -1
+        if not 0 <= index < len(self.action_names):
             raise ActionError(f"action must be an integer from 0 to {len(self.action_names) - 1}, got {action!r}")
         return index
 
@@ -174,16 +159,17 @@ class _Env(gymnasium.Env if gymnasium else object):
         _require(isinstance(world, dict) and world.keys() == before["world"].keys(),
                  f"its world's keys must be {', '.join(before['world'])}")
         try:
-            self._set_world(world)
-        except (TypeError, AttributeError, KeyError, ValueError) as error:
-            self._set_world(before["world"])
-            raise error if isinstance(error, StateError) else StateError(f"not a state of this task: {world!r}") from error
+            self._set_world(world)  # changes nothing unless all of it is right
+        except StateError:
+            raise
+        except (TypeError, AttributeError, KeyError, ValueError) as error:  # a list where a name belongs, and the like
+            raise StateError(f"not a state of this task: {world!r}") from error
         self.phase, self.elapsed, self.duration = state["phase"], state["elapsed"], state["duration"]
 
 
 # ----------------------------------------------------------------------------------------------------------- Overcooked
 # Row x from the top, column y from the left. W counter, . floor, A the agent's start (floor), T tomato, L lettuce, O onion,
-# B bowl, K cutting board, D delivery counter. (published; the paper's figure 3 shows the same kitchens)
+# B bowl, K cutting board, D delivery counter. (paper)
 LAYOUTS = {
     "one food": """
         W W W W W T W
@@ -213,13 +199,13 @@ class Recipe(NamedTuple):
 
 
 OVERCOOKED_TASKS = {
-    "tomato-salad": Recipe("one food", ("tomato",), 0.0),
-    "lettuce-salad": Recipe("three foods", ("lettuce",), 0.0),
-    "onion-salad": Recipe("three foods", ("onion",), 0.0),
-    "tomato-lettuce-salad": Recipe("three foods", ("tomato", "lettuce"), 0.0),
-    "tomato-onion-salad": Recipe("three foods", ("tomato", "onion"), 0.0),
-    "lettuce-onion-salad": Recipe("three foods", ("lettuce", "onion"), 0.0),
-    "tomato-lettuce-onion-salad": Recipe("three foods", ("tomato", "lettuce", "onion"), 0.0),
+    "tomato-salad": Recipe("one food", ("tomato",), 0.920518),
+    "lettuce-salad": Recipe("three foods", ("lettuce",), 0.920518),
+    "onion-salad": Recipe("three foods", ("onion",), 0.918691),
+    "tomato-lettuce-salad": Recipe("three foods", ("tomato", "lettuce"), 0.947656),
+    "tomato-onion-salad": Recipe("three foods", ("tomato", "onion"), 0.947656),
+    "lettuce-onion-salad": Recipe("three foods", ("lettuce", "onion"), 0.947656),
+    "tomato-lettuce-onion-salad": Recipe("three foods", ("tomato", "lettuce", "onion"), 0.944705),
 }
 
 VIEW = 2                # Chebyshev distance that the agent sees (paper: a 5 x 5 square around it)
@@ -289,8 +275,8 @@ class Overcooked(_Env):
         A held thing is where the agent is; a food in the bowl is where the bowl is.
 
     REWARDS (paper) -0.001 a primitive step, +0.2 when a food of the recipe becomes chopped, +1 for the correct delivery,
-        -0.1 for any other, which also puts what was delivered back where it began, emptied and unchopped. gamma 0.99 (published) applies per
-        primitive step, inside a macro-action too.
+        -0.1 for any other, which also puts what was delivered back where it began, emptied and unchopped. gamma 0.99
+        (published) applies per primitive step, inside a macro-action too.
 
     TERMINATION at the correct delivery. TRUNCATION after 200 primitive steps, looked at between macro-actions (published).
 
@@ -505,13 +491,14 @@ class Overcooked(_Env):
 KITCHEN, BATHROOM, BEDROOM, LIVING_ROOM = ROOMS = ("kitchen", "bathroom", "bedroom", "living room")
 HANDS = 2
 
-# What each kind of task is played with: where a thing stands at the start and what can be done with it. Things are named by
-# their part in the task; nouns ("pancake", "microwave") are filled in for names that people and language models read.
+
 class Thing(NamedTuple):
-    room: str
-    can: str = ""  # "carry", "shut" (a container, shut at the start), "switch" (off at the start), "support" or "seat"
+    room: str  # where it stands at the start
+    can: str   # be "carry"-ied; "shut" (a container, shut at the start); "switch" (off at the start); "support" things; "seat"
 
 
+# What each kind of task is played with. A thing is named by its part in the task; nouns ("pancake", "microwave") are filled into
+# the names that people and language models read.
 OBJECTS = {
     "food-preparation": {"food": Thing(KITCHEN, "carry"), "appliance": Thing(KITCHEN, "shut")},
     "entertainment": {"chips": Thing(KITCHEN, "carry"), "milk": Thing(KITCHEN, "carry"), "tv": Thing(LIVING_ROOM, "switch"),
@@ -522,20 +509,19 @@ GOALS = {  # published
     "food-preparation": lambda h: (
         h.room == KITCHEN and h.placed.get("food") == "appliance" and "appliance" not in h.open),
     "entertainment": lambda h: (
-        h.sitting and "tv" in h.on and all(x in h.close or h.placed.get(x) == "coffee table" for x in ("chips", "milk"))),
+        h.sitting and "tv" in h.on and all(x in h.near or h.placed.get(x) == "coffee table" for x in ("chips", "milk"))),
 }
 
 
 class Action(NamedTuple):
     name: str
     effect: Callable      # effect(home): does nothing where its precondition fails
-    admissible: Callable  # admissible(home) -> bool: the published mask, a function of what is seen. It is narrower than
-    #                       the preconditions in places and wider in others; it hints, it does not decide.
+    admissible: Callable  # admissible(home) -> bool: the published mask, narrower than the preconditions here, wider there
 
 
 def _stuck(h):
-    """Published: next to a TV that is off, empty-handed, the mask is empty. No action is advised; any may be sent."""
-    return "tv" in h.close and "tv" not in h.on and not h.held
+    """Published: close to a TV that is off, empty-handed, nothing at all is admissible. Any action may still be sent."""
+    return "tv" in h.near and "tv" not in h.on and not h.held
 
 
 def _room_action(room):
@@ -545,25 +531,25 @@ def _room_action(room):
 def _living_room_walk(name, thing):
     """Published: towards what is not close, unless seated, or at the coffee table with nothing to put there."""
     return Action(name, lambda h: h.walk_to(thing), lambda h: (
-        h.room == LIVING_ROOM and thing not in h.close and not h.sitting and not _stuck(h)
-        and ("coffee table" not in h.close or len(h.held) > 0)))
+        h.room == LIVING_ROOM and thing not in h.near and not h.sitting and not _stuck(h)
+        and ("coffee table" not in h.near or len(h.held) > 0)))
 
 
 def _kitchen_walk(thing, other):
     """Published, a slip by the look of it: empty-handed, what counts is that the OTHER thing is still there."""
     return Action(f"walk to the {thing}", lambda h: h.walk_to(thing), lambda h: (
-        h.room == KITCHEN and thing not in h.close and (thing if h.held else other) in h.seen))
+        h.room == KITCHEN and thing not in h.near and (thing if h.held else other) in h.seen))
 
 
 def _kitchen_grab(thing):
     return Action(f"grab the {thing}", lambda h: h.grab(thing), lambda h: (
-        h.room == KITCHEN and thing in h.close and thing not in h.held))
+        h.room == KITCHEN and thing in h.near and thing not in h.held))
 
 
 def _put_on_table(thing, other):
     """Published: advised while the other thing is not on the table yet (the second one is to stay in hand)."""
     return Action(f"put the {thing} on the coffee table", lambda h: h.put(thing, "coffee table"), lambda h: (
-        thing in h.held and "coffee table" in h.close and h.placed.get(other) != "coffee table"))
+        thing in h.held and "coffee table" in h.near and h.placed.get(other) != "coffee table"))
 
 
 _WALK_TO_ROOMS = [_room_action(room) for room in (LIVING_ROOM, KITCHEN, BATHROOM, BEDROOM)]
@@ -572,15 +558,15 @@ ACTIONS = {
     "food-preparation": [
         *_WALK_TO_ROOMS,
         Action("walk to the {food}", lambda h: h.walk_to("food"),
-               lambda h: h.room == KITCHEN and ("food" in h.held or "food" not in h.close)),
+               lambda h: h.room == KITCHEN and ("food" in h.held or "food" not in h.near)),
         Action("walk to the {appliance}", lambda h: h.walk_to("appliance"),
-               lambda h: h.room == KITCHEN and "appliance" not in h.close),
+               lambda h: h.room == KITCHEN and "appliance" not in h.near),
         Action("grab the {food}", lambda h: h.grab("food"),
-               lambda h: "food" in h.close and "food" not in h.held and "appliance" not in h.close),
+               lambda h: "food" in h.near and "food" not in h.held and "appliance" not in h.near),
         Action("put the {food} in the {appliance}", lambda h: h.put("food", "appliance"),
-               lambda h: "food" in h.held and "appliance" in h.close),
-        Action("open the {appliance}", lambda h: h.open_it("appliance"), lambda h: "appliance" in h.close),
-        Action("close the {appliance}", lambda h: h.close_it("appliance"), lambda h: "appliance" in h.close),
+               lambda h: "food" in h.held and "appliance" in h.near),
+        Action("open the {appliance}", lambda h: h.open_it("appliance"), lambda h: "appliance" in h.near),
+        Action("close the {appliance}", lambda h: h.close_it("appliance"), lambda h: "appliance" in h.near),
     ],
     "entertainment": [
         *_WALK_TO_ROOMS,
@@ -594,48 +580,46 @@ ACTIONS = {
         _put_on_table("chips", "milk"),
         _put_on_table("milk", "chips"),
         Action("turn on the TV", lambda h: h.switch("tv", True),
-               lambda h: "tv" in h.close and "tv" not in h.on and len(h.held) == 1),
+               lambda h: "tv" in h.near and "tv" not in h.on and len(h.held) == 1),
         Action("turn off the TV", lambda h: h.switch("tv", False),  # published: advised while the TV is off, like "turn on"
-               lambda h: "tv" in h.close and "tv" not in h.on and len(h.held) == 1),
-        Action("sit on the sofa", lambda h: h.sit("sofa"), lambda h: "sofa" in h.close and "tv" in h.on and not h.sitting),
+               lambda h: "tv" in h.near and "tv" not in h.on and len(h.held) == 1),
+        Action("sit on the sofa", lambda h: h.sit("sofa"), lambda h: "sofa" in h.near and "tv" in h.on and not h.sitting),
         Action("stand up from the sofa", lambda h: h.stand(),  # published: advised before sitting, not after
-               lambda h: "sofa" in h.close and "tv" in h.on and not h.sitting),
+               lambda h: "sofa" in h.near and "tv" in h.on and not h.sitting),
     ],
 }
 
-# Observation: name (nouns are filled in without their spaces) and what makes it 1. is_face_tv and is_sit_sofa are one fact.
+# The observation: a feature's name (nouns are filled in without their spaces) and what makes it 1. A thing's own features are
+# made by these three; is_face_tv and is_sit_sofa are one fact (published).
+def _see_close(noun, thing):
+    return [(f"see_{noun}", lambda h: thing in h.seen), (f"close_to_{noun}", lambda h: thing in h.near and thing in h.seen)]
+
+
+def _hold(noun, thing):
+    return f"hold_{noun}", lambda h: thing in h.held
+
+
+def _placed(name, thing):
+    return name, lambda h: thing in h.placed and thing in h.seen
+
+
 _IN_ROOMS = [(f"in_{room.replace(' ', '')}", lambda h, room=room: h.room == room) for room in ROOMS]
-
-
-def _carried(noun, thing):
-    return [(f"see_{noun}", lambda h: thing in h.seen), (f"close_to_{noun}", lambda h: thing in h.close and thing in h.seen),
-            (f"hold_{noun}", lambda h: thing in h.held)]
-
-
-def _stands(noun, thing):
-    return [(f"see_{noun}", lambda h: thing in h.seen), (f"close_to_{noun}", lambda h: thing in h.close)]
-
 
 FEATURES = {
     "food-preparation": [
         *_IN_ROOMS,
-        *_carried("{food}", "food"),
-        *_stands("{appliance}", "appliance"),
+        *_see_close("{food}", "food"), _hold("{food}", "food"),
+        *_see_close("{appliance}", "appliance"),
         ("is_{appliance}_open", lambda h: "appliance" in h.open and "appliance" in h.seen),
-        ("{food}_in_{appliance}", lambda h: "food" in h.placed and "food" in h.seen),
+        _placed("{food}_in_{appliance}", "food"),
     ],
     "entertainment": [
         *_IN_ROOMS,
-        *_carried("chips", "chips"),
-        ("chips_on_coffeetable", lambda h: "chips" in h.placed and "chips" in h.seen),
-        *_carried("milk", "milk"),
-        ("milk_on_coffeetable", lambda h: "milk" in h.placed and "milk" in h.seen),
-        *_stands("tv", "tv"),
-        ("is_face_tv", lambda h: h.sitting),
-        ("is_tv_on", lambda h: "tv" in h.on and "tv" in h.seen),
-        *_stands("sofa", "sofa"),
-        ("is_sit_sofa", lambda h: h.sitting),
-        *_stands("coffeetable", "coffee table"),
+        *_see_close("chips", "chips"), _hold("chips", "chips"), _placed("chips_on_coffeetable", "chips"),
+        *_see_close("milk", "milk"), _hold("milk", "milk"), _placed("milk_on_coffeetable", "milk"),
+        *_see_close("tv", "tv"), ("is_face_tv", lambda h: h.sitting), ("is_tv_on", lambda h: "tv" in h.on and "tv" in h.seen),
+        *_see_close("sofa", "sofa"), ("is_sit_sofa", lambda h: h.sitting),
+        *_see_close("coffeetable", "coffee table"),
     ],
 }
 
@@ -650,12 +634,9 @@ HOME_TASKS = {
     "food-preparation": Chore("food-preparation", 6, {"food": "pancake", "appliance": "microwave"}),
     "entertainment": Chore("entertainment", 11),
     # The paper's unseen tasks (its generalisation study): the same dynamics under other nouns, for testing without training.
-    "cheese": Chore("food-preparation", 6, {"food": "cheese", "appliance": "microwave"}),
-    "hamburger": Chore("food-preparation", 6, {"food": "hamburger", "appliance": "microwave"}),
-    "apple-pie": Chore("food-preparation", 6, {"food": "apple pie", "appliance": "microwave"}),
-    "pizza": Chore("food-preparation", 6, {"food": "pizza", "appliance": "microwave"}),
-    "washing-plate": Chore("food-preparation", 6, {"food": "dishes", "appliance": "dishwasher"}),
-    "laundry": Chore("food-preparation", 6, {"food": "clothes", "appliance": "washing machine"}),
+    **{task: Chore("food-preparation", 6, {"food": food, "appliance": appliance}) for task, food, appliance in (
+        ("cheese", "cheese", "microwave"), ("hamburger", "hamburger", "microwave"), ("apple-pie", "apple pie", "microwave"),
+        ("pizza", "pizza", "microwave"), ("washing-plate", "dishes", "dishwasher"), ("laundry", "clothes", "washing machine"))},
 }
 
 
@@ -699,26 +680,27 @@ class VirtualHome(_Env):
         chore = HOME_TASKS[_known("virtualhome task", task, HOME_TASKS)]
         self.kind, self.nouns = chore.kind, dict(chore.nouns)
         for part, noun in (("food", food), ("appliance", appliance)):
-            if noun is not None:
-                if part not in self.nouns:
-                    raise OptionError(f"the task {task} has no {part}; it takes the options gamma and max_steps")
-                if not isinstance(noun, str) or not noun.replace(" ", "").isprintable() or noun.split() != noun.split(" "):
-                    raise OptionError(f"{part} must be a noun, its words divided by single spaces, got {noun!r}")
-                self.nouns[part] = noun
-        if len(set(self.nouns.values())) < len(self.nouns):
-            raise OptionError(f"food and appliance must have different names, both are {food or appliance!r}")
-        joined = {part: noun.replace(" ", "") for part, noun in self.nouns.items()}
+            if noun is None:
+                continue
+            if part not in self.nouns:
+                raise OptionError(f"the task {task} has no {part}; it takes the options gamma and max_steps")
+            if not isinstance(noun, str) or not noun.isprintable() or noun.split() != noun.split(" "):
+                raise OptionError(f"{part} must be a noun, its words divided by single spaces, got {noun!r}")
+            self.nouns[part] = noun
         self.action_names = [action.name.format_map(self.nouns) for action in ACTIONS[self.kind]]
+        if len(set(self.action_names)) < len(self.action_names):
+            raise OptionError(f"food and appliance must be two nouns and no rooms, got {' and '.join(self.nouns.values())}")
+        joined = {part: noun.replace(" ", "") for part, noun in self.nouns.items()}
         self.feature_names = [name.format_map(joined) for name, _ in FEATURES[self.kind]]
         self._setup(task, gamma, max_steps, [1] * len(self.feature_names))
         # The only reward is 1 at the goal, so the shortest solution is the best one, whatever gamma is.
         self.best_return = self.gamma ** (chore.shortest - 1) if max_steps >= chore.shortest else 0.0
 
-    # The world: room; close, held (sets of things); placed {thing: what it was put in or on}; open, on (sets); sitting.
-    # seen follows from them and is kept up to date for the tables above.
+    # The world: room; near, held, open, on (sets of things; what is held is near); placed {thing: what it was put in or on};
+    # sitting. seen follows from them and is kept up to date for the tables above. (near: gymnasium.Env has a method close.)
     def _start(self):
         self.room, self.sitting, self.placed = KITCHEN, False, {}
-        self.close, self.held, self.open, self.on = set(), set(), set(), set()
+        self.near, self.held, self.open, self.on = set(), set(), set(), set()
         self._look()
 
     def _look(self):
@@ -742,18 +724,18 @@ class VirtualHome(_Env):
         return len(self.held) < HANDS
 
     def _at(self, thing):
-        return thing in self.close and thing in self.seen
+        return thing in self.near and thing in self.seen
 
     # ---- effects, each beside its precondition
     def walk_to_room(self, room):
         if not self.sitting:
-            self.room, self.close = room, set(self.held)
+            self.room, self.near = room, set(self.held)
 
     def walk_to(self, thing):
         if thing in self.seen and thing not in self.held and not self.sitting:
             below = {self.placed[thing]} if thing in self.placed else set()
             inside = {x for x, place in self.placed.items() if place == thing and OBJECTS[self.kind][thing].can == "shut"}
-            self.close = {thing} | self.held | below | inside
+            self.near = {thing} | self.held | below | inside
 
     def grab(self, thing):
         if self._at(thing) and self._hand_free():
@@ -787,13 +769,13 @@ class VirtualHome(_Env):
 
     # ---- what is seen of it
     def _features(self):
-        return [float(holds(self)) for _, holds in FEATURES[self.kind]]
+        return [holds(self) for _, holds in FEATURES[self.kind]]
 
     def _named_state(self):
         in_view = [thing for thing in OBJECTS[self.kind] if thing in self.seen]
         loose = [thing for thing in in_view if thing not in self.held]
         return {"environment": self.name, "task": self.kind, "nouns": dict(self.nouns), "room": self.room,
-                "visible": loose, "close": [thing for thing in loose if thing in self.close],
+                "visible": loose, "close": [thing for thing in loose if thing in self.near],
                 "holding": [thing for thing in in_view if thing in self.held],
                 "open": [thing for thing in loose if thing in self.open], "on": [thing for thing in loose if thing in self.on],
                 "placed": {thing: self.placed[thing] for thing in loose if thing in self.placed}, "sitting": self.sitting}
@@ -802,24 +784,24 @@ class VirtualHome(_Env):
         return [index for index, action in enumerate(ACTIONS[self.kind]) if action.admissible(self)]
 
     def _world(self):
-        return {"room": self.room, "close": sorted(self.close), "held": sorted(self.held), "placed": dict(self.placed),
+        return {"room": self.room, "near": sorted(self.near), "held": sorted(self.held), "placed": dict(self.placed),
                 "open": sorted(self.open), "on": sorted(self.on), "sitting": self.sitting}
 
     def _set_world(self, world):
         things = OBJECTS[self.kind]
         able = lambda *abilities: {thing for thing, (_, can) in things.items() if can in abilities}
-        close, held, opened, on = (set(world[key]) for key in ("close", "held", "open", "on"))
+        near, held, opened, on = (set(world[key]) for key in ("near", "held", "open", "on"))
         placed = dict(world["placed"])
         _require(world["room"] in ROOMS, f"room {world['room']!r} is none of {', '.join(ROOMS)}")
-        _require(close <= things.keys() and held <= close, "close must hold things of this task, and all that is held")
+        _require(near <= things.keys() and held <= near, "near must hold things of this task, and all that is held")
         _require(held <= able("carry") and len(held) <= HANDS, f"held must be at most {HANDS} things that can be carried")
         _require(opened <= able("shut") and on <= able("switch"), "only a container is open, only a device is on")
         _require(placed.keys() <= able("carry") - held and set(placed.values()) <= able("shut", "support"),
                  "only what can be carried and is not held was put somewhere")
         _require(isinstance(world["sitting"], bool), "sitting must be true or false")
-        _require(not world["sitting"] or close & able("seat"), "to sit, the agent must be close to the sofa")
+        _require(not world["sitting"] or near & able("seat"), "to sit, the agent must be near the sofa")
         self.room, self.sitting, self.placed = world["room"], world["sitting"], placed
-        self.close, self.held, self.open, self.on = close, held, opened, on
+        self.near, self.held, self.open, self.on = near, held, opened, on
         self._look()
 
 
