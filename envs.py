@@ -63,9 +63,9 @@ def _known(kind, name, known):
     raise UnknownNameError(f"unknown {kind} {name!r}{hint}; known: {', '.join(known) or 'none'}")
 
 
-def _require(true, message):
+def _require(true, message, *values):
     if not true:
-        raise StateError(f"not a state of this task: {message}")
+        raise StateError("not a state of this task: " + message.format(*values))
 
 
 # -------------------------------------------------------------------------------------------- what both environments share
@@ -148,22 +148,22 @@ class _Env(gymnasium.Env if gymnasium else object):
 
     def load_state_dict(self, state):
         """Continue from a state_dict of the same task; a StateError leaves the environment as it was."""
-        before = self.state_dict()
-        _require(isinstance(state, dict) and state.keys() == before.keys(), f"its keys must be {', '.join(before)}")
+        now = self.state_dict()
+        _require(isinstance(state, dict) and state.keys() == now.keys(), "its keys must be {}", ", ".join(now))
         for key in ("environment", "task"):
-            _require(state[key] == before[key], f"{key} is {state[key]!r}, here it is {before[key]!r}")
-        _require(state["phase"] in ("new", "running", "success", "failure"), f"phase {state['phase']!r}")
+            _require(state[key] == now[key], "{} is {!r}, here it is {!r}", key, state[key], now[key])
+        _require(state["phase"] in ("new", "running", "success", "failure"), "phase {!r}", state["phase"])
         for key in ("elapsed", "duration"):
-            _require(type(state[key]) is int and state[key] >= 0, f"{key} {state[key]!r} is not a count")
+            _require(type(state[key]) is int and state[key] >= 0, "{} {!r} is not a count", key, state[key])
         world = state["world"]
-        _require(isinstance(world, dict) and world.keys() == before["world"].keys(),
-                 f"its world's keys must be {', '.join(before['world'])}")
+        _require(isinstance(world, dict) and world.keys() == now["world"].keys(),
+                 "its world's keys must be {}", ", ".join(now["world"]))
         try:
             self._set_world(world)  # changes nothing unless all of it is right
         except StateError:
             raise
         except (TypeError, AttributeError, KeyError, ValueError) as error:  # a list where a name belongs, and the like
-            raise StateError(f"not a state of this task: {world!r}") from error
+            raise StateError(f"not a state of this task: {world!r} ({error})") from error
         self.phase, self.elapsed, self.duration = state["phase"], state["elapsed"], state["duration"]
 
 
@@ -393,7 +393,7 @@ class Overcooked(_Env):
         cell = self._cell(food)
         if cell == self.agent:  # it is held, or in the bowl that is
             return self._tick()
-        if food in self.in_bowl:  # published: nothing is left to get once the agent sees that it is in the bowl
+        if food in self.in_bowl:  # published: the agent gives up once it sees that
             self._walk(cell, until_seen=True)
             return self._tick()
         walked = self._walk(cell)
@@ -475,14 +475,14 @@ class Overcooked(_Env):
         holding, in_bowl, chops = world["holding"], list(world["in_bowl"]), dict(world["chops"])
         lying = {item: tuple(cell) for item, cell in world["lying"].items()}
         placed = [*lying, *in_bowl, *([] if holding is None else [holding])]
-        _require(agent in kitchen.floor, f"the agent stands at {agent}, which is no floor")
+        _require(agent in kitchen.floor, "the agent stands at {}, which is no floor", agent)
         _require(len(placed) == len(items) and set(placed) == items,
-                 f"each of {', '.join(sorted(items))} must be in one place: held, lying or in the bowl")
+                 "each of {} must be in one place: held, lying or in the bowl", ", ".join((*self.foods, "bowl")))
         _require("bowl" not in in_bowl, "the bowl is in itself")
         _require(set(lying.values()) <= kitchen.counters - {kitchen.delivery} and len(set(lying.values())) == len(lying),
                  "things must lie on counter cells, one on each")
         _require(chops.keys() == set(self.foods) and all(type(n) is int and 0 <= n <= CHOPS for n in chops.values()),
-                 f"chops must be 0 to {CHOPS} for each food")
+                 "chops must be 0 to {} for each food", CHOPS)
         _require(not any(chops[food] < CHOPS for food in in_bowl), "an unchopped food is in the bowl")
         self.agent, self.holding, self.lying, self.in_bowl, self.chops = agent, holding, lying, in_bowl, chops
 
@@ -792,9 +792,9 @@ class VirtualHome(_Env):
         able = lambda *abilities: {thing for thing, (_, can) in things.items() if can in abilities}
         near, held, opened, on = (set(world[key]) for key in ("near", "held", "open", "on"))
         placed = dict(world["placed"])
-        _require(world["room"] in ROOMS, f"room {world['room']!r} is none of {', '.join(ROOMS)}")
+        _require(world["room"] in ROOMS, "room {!r} is none of {}", world["room"], ", ".join(ROOMS))
         _require(near <= things.keys() and held <= near, "near must hold things of this task, and all that is held")
-        _require(held <= able("carry") and len(held) <= HANDS, f"held must be at most {HANDS} things that can be carried")
+        _require(held <= able("carry") and len(held) <= HANDS, "held must be at most {} things that can be carried", HANDS)
         _require(opened <= able("shut") and on <= able("switch"), "only a container is open, only a device is on")
         _require(placed.keys() <= able("carry") - held and set(placed.values()) <= able("shut", "support"),
                  "only what can be carried and is not held was put somewhere")

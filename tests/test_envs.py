@@ -80,9 +80,10 @@ def test_best_return_is_what_exhaustive_search_finds(name, task):
             env.load_state_dict(state)
             _, reward, terminated, _, info = env.step(action)
             after = env.state_dict() | {"phase": "running", "elapsed": 0}
-            if not terminated and number.setdefault(key(after), len(queue)) == len(queue):
+            to = 0 if terminated else number.setdefault(key(after), len(queue))
+            if to == len(queue):
                 queue.append(after)
-            edges[-1].append((reward, 0.0 if terminated else env.gamma**info["duration"], number.get(key(after), 0)))
+            edges[-1].append((reward, 0.0 if terminated else env.gamma**info["duration"], to))
     values, change = [0.0] * len(edges), 1.0
     while change > 1e-9:  # value iteration
         new = [max(reward + discount * values[to] for reward, discount, to in row) for row in edges]
@@ -168,7 +169,7 @@ def test_home_actions_without_their_precondition_do_nothing():
 
 
 @pytest.mark.parametrize("name, task, episodes, rate, mean", [
-    ("overcooked", "tomato-salad", 500, 0.43, -0.09), ("overcooked", "tomato-lettuce-salad", 1000, 0.013, -0.23),
+    ("overcooked", "tomato-salad", 500, 0.43, -0.09), ("overcooked", "tomato-lettuce-salad", 600, 0.013, -0.23),
     ("virtualhome", "food-preparation", 1000, 0.014, 0.0), ("virtualhome", "entertainment", 500, 0.0, 0.0)])
 def test_random_policy_delivers_as_often_as_published(name, task, episodes, rate, mean):
     env, rng, returns, successes = envs.make(name, task), random.Random(0), [], 0
