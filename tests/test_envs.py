@@ -168,6 +168,16 @@ def test_home_actions_without_their_precondition_do_nothing():
     assert play(env, ["walk to the living room", "walk to the TV"])[1][-1][4]["admissible"] == []  # published: an empty mask
 
 
+def test_walking_to_a_container_or_to_what_is_in_it_is_close_to_both():
+    env = envs.make("virtualhome")
+    put_in = [*SOLUTIONS[2][2][:-1], "walk to the bedroom", "walk to the kitchen"]
+    for goal in ("walk to the microwave", "walk to the pancake"):
+        state = play(env, [*put_in, goal])[1][-1][4]["state"]
+        assert state["close"] == ["food", "appliance"] and state["placed"] == {"food": "appliance"}
+    state = play(env, [*put_in, "walk to the pancake", "grab the pancake", "walk to the bedroom"])[1][-1][4]["state"]
+    assert state["holding"] == ["food"] and state["placed"] == {} and state["open"] == []  # the open microwave is out of view
+
+
 @pytest.mark.parametrize("name, task, episodes, rate, mean", [
     ("overcooked", "tomato-salad", 500, 0.43, -0.09), ("overcooked", "tomato-lettuce-salad", 600, 0.013, -0.23),
     ("virtualhome", "food-preparation", 1000, 0.014, 0.0), ("virtualhome", "entertainment", 500, 0.0, 0.0)])
