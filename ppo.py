@@ -25,6 +25,7 @@ have gradient norms of their own; the KL bound is checked before the step it wou
 """
 import collections
 import dataclasses
+import warnings
 
 import numpy as np
 import torch
@@ -148,8 +149,9 @@ def sample(log_probs, rng):
 
 
 def act(env, info, choice):
-    """Step `env` with the choice-th of its admissible actions."""
-    return env.step(info["admissible"][choice] if "admissible" in info else choice)
+    """Step `env` with the choice-th of its admissible actions; all are, where its info names none."""
+    admissible = info.get("admissible")
+    return env.step(admissible[choice] if admissible else choice)
 
 
 def processes():
@@ -225,7 +227,9 @@ class PPO:
         # eps 1e-5: published scripts. AdamW without weight decay is Adam; one class serves both.
         self.policy_optimizer = torch.optim.Adam(agent.policy_parameters(), lr=config.policy_lr, eps=1e-5)
         self.value_optimizer = torch.optim.Adam(agent.value_parameters(), lr=config.critic_lr, eps=1e-5)
-        self.steps = self.updates = self.episodes = self.skipped = self.skipped_in_a_row = 0
+        self.parts = config.gradient_accumulation  # more where memory runs out
+        self.steps = self.updates = self.episodes = self.skipped = 0
+        self.skipped_in_a_row = [0, 0]  # policy and critic apart: the sound one must not hide the other
         self.recent = collections.deque(maxlen=100)  # (return, success, primitive steps) of the last episodes
         self.current = [env.reset(seed=seed * 10_007 + index) for index, env in zip(mine, self.envs)]
         self.running = [[0.0, 1.0, 0] for _ in range(config.num_envs)]  # return, discount and primitive steps so far
@@ -293,6 +297,8 @@ class PPO:
             next_values[list(rows), list(columns)] = self.agent.values(list(finals.values())).float().cpu()
         if not (torch.isfinite(next_values).all() and torch.isfinite(values).all()):
             raise NonFiniteError("the critic's values are not finite")
+        if not torch.isfinite(rewards).all():
+            raise NonFiniteError("an environment gave a reward that is not finite")
         return Rollout(items, choices, log_probs, values, next_values, rewards, durations, terminated, ended, successes)
 
     def count(self, rollout):
@@ -325,20 +331,43 @@ class PPO:
                 (config.value_coefficient * part).backward()
                 loss += part.item()
             add_up([loss])
-            norms.append(self.step(self.value_optimizer, self.agent.value_parameters()))
+            norms.append(self.step(self.value_optimizer, self.agent.value_parameters(), loss.item()))
             losses.append(loss.item())
         return {"value_loss": np.mean(losses), "value_grad_norm": np.mean(norms)}
 
     def update_policy(self, rollout, advantages):
         """Clipped surrogate minus entropy bonus, with the KL of a whole minibatch checked before its step is taken."""
-        config, old, choices = self.config, rollout.log_probs.flatten(), rollout.choices.flatten()
+        config = self.config
         stats = collections.defaultdict(list)
         for batch in self.minibatches(len(rollout.items)):
-            sums = torch.zeros(4)  # KL, entropy, loss, clipped: each a mean over the minibatch once the parts are added up
-            for part in np.array_split(self.share(rollout, batch), config.gradient_accumulation):
+            sums = None
+            while sums is None:  # what does not fit into memory is done again in more parts, with the same result
+                sums = self.policy_gradient(rollout, advantages, batch)
+            add_up([sums])
+            for name, value in zip(("kl", "entropy", "policy_loss", "clip_fraction"), sums.tolist()):
+                stats[name].append(value)
+            if config.target_kl and stats["kl"][-1] > 1.5 * config.target_kl:  # the published scripts' factor
+                self.policy_optimizer.zero_grad(set_to_none=True)
+                break
+            stats["policy_grad_norm"].append(self.step(self.policy_optimizer, self.agent.policy_parameters(), sums.sum().item()))
+            self.agent.policy_changed()
+        return {name: np.mean(stats[name]) if stats[name] else float("nan")
+                for name in ("policy_loss", "entropy", "kl", "clip_fraction", "policy_grad_norm")}
+
+    def policy_gradient(self, rollout, advantages, batch):
+        """Add up one minibatch's gradient, part by part. Returns KL, entropy, loss and clipped share: [4], this process's part of
+        their means over the minibatch. Returns None where memory ran out: self.parts has been doubled for another try."""
+        config, old, choices = self.config, rollout.log_probs.flatten(), rollout.choices.flatten()
+        sums, share = torch.zeros(4), self.share(rollout, batch)
+        try:
+            for part in np.array_split(share, self.parts):
                 if not len(part):
                     continue
-                scores = self.agent.log_probs([rollout.items[i] for i in part])
+                try:
+                    scores = self.agent.log_probs([rollout.items[i] for i in part])
+                except NonFiniteError:  # an agent may refuse such logits itself; told through the sum, every process skips this step
+                    sums += float("nan")
+                    continue
                 new = torch.stack([row[choices[i]] for row, i in zip(scores, part)])
                 entropies = torch.stack([entropy(row) for row in scores])
                 before = old[part].to(new.device)
@@ -347,37 +376,37 @@ class PPO:
                 with torch.no_grad():
                     clipped = ((new - before).exp() - 1).abs() > config.clip
                     sums += torch.stack([approximate_kl(new, before) * len(part), entropies.sum(), losses.sum(), clipped.sum()]).cpu() / len(batch)
-            add_up([sums])
-            for name, value in zip(("kl", "entropy", "policy_loss", "clip_fraction"), sums.tolist()):
-                stats[name].append(value)
-            if config.target_kl and stats["kl"][-1] > 1.5 * config.target_kl:  # the published scripts' factor
-                self.policy_optimizer.zero_grad(set_to_none=True)
-                break
-            stats["policy_grad_norm"].append(self.step(self.policy_optimizer, self.agent.policy_parameters()))
-            self.agent.policy_changed()
-        return {name: np.mean(stats[name]) if stats[name] else float("nan")
-                for name in ("policy_loss", "entropy", "kl", "clip_fraction", "policy_grad_norm")}
+            return sums
+        except RuntimeError as error:  # torch.OutOfMemoryError is one; CPU and mps have none of their own
+            if self.parts >= len(share) or not ("out of memory" in str(error) or "t allocate memory" in str(error)):
+                raise
+        self.parts *= 2
+        warnings.warn(f"a policy minibatch does not fit into memory; computing it in {self.parts} parts from here on, with the same result")
+        self.policy_optimizer.zero_grad(set_to_none=True)
+        return None
 
     def minibatches(self, size):
         """Index arrays of `minibatch` samples, every sample once an epoch, freshly shuffled."""
         for _ in range(self.config.epochs):
             yield from np.split(self.shuffle.permutation(size), size // self.config.minibatch)
 
-    def step(self, optimizer, parameters):
-        """Clip this optimiser's gradients by their own norm and step; a non-finite gradient is dropped and counted."""
+    def step(self, optimizer, parameters, loss=0.0):
+        """Clip this optimiser's gradients by their own norm and step; a non-finite gradient or loss is dropped and counted."""
         if self.world > 1:  # each process holds its share of the sum, and none at all where it had no share
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             add_up([parameter.grad for parameter in parameters])
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm).item()
-        if np.isfinite(norm):
+        which = int(optimizer is self.value_optimizer)
+        if np.isfinite(norm) and np.isfinite(loss):
             optimizer.step()
-            self.skipped_in_a_row = 0
+            self.skipped_in_a_row[which] = 0
         else:
             self.skipped += 1
-            self.skipped_in_a_row += 1
-            if self.skipped_in_a_row >= self.MAX_SKIPPED:
-                raise NonFiniteError(f"{self.MAX_SKIPPED} gradients in a row were not finite")
+            self.skipped_in_a_row[which] += 1
+            if self.skipped_in_a_row[which] >= self.MAX_SKIPPED:
+                raise NonFiniteError(f"{self.MAX_SKIPPED} {('policy', 'critic')[which]} losses or gradients in a row were not finite;"
+                                     " none was applied; lower the learning rate, or use a wider dtype")
         optimizer.zero_grad(set_to_none=True)
         return norm
 
@@ -386,18 +415,29 @@ class PPO:
         parts = gather([(env.state_dict(), rng.bit_generator.state) for env, rng in zip(self.envs, self.rngs)])
         environments, generators = zip(*[pair for part in parts for pair in part])
         return {"steps": self.steps, "updates": self.updates, "episodes": self.episodes, "skipped": self.skipped,
-                "skipped_in_a_row": self.skipped_in_a_row, "recent": [list(row) for row in self.recent],
+                "skipped_in_a_row": list(self.skipped_in_a_row), "recent": [list(row) for row in self.recent],
                 "running": [list(row) for row in self.running], "envs": list(environments), "rngs": list(generators),
                 "shuffle": self.shuffle.bit_generator.state}
 
     def load_state_dict(self, state):
-        """Continue where state_dict() left off, with any number of processes. An environment's load_state_dict gives (obs, info)."""
-        for name in ("steps", "updates", "episodes", "skipped", "skipped_in_a_row"):
+        """Continue where state_dict() left off, with any number of processes. Raises ValueError for what it never returns.
+
+        After an environment's load_state_dict(state), its observe() gives (obs, info) of that moment, unless the former does.
+        """
+        N, finite = self.config.num_envs, lambda row: len(row) == 3 and all(type(x) in (int, float) and np.isfinite(x) for x in row)
+        counts = [state["steps"], state["updates"], state["episodes"], state["skipped"], *state["skipped_in_a_row"]]
+        if not (all(type(count) is int and count >= 0 for count in counts) and len(counts) == 6 and state["updates"] <= self.total_updates
+                and state["steps"] == state["updates"] * N * self.config.rollout_steps and len(state["recent"]) <= self.recent.maxlen
+                and all(map(finite, state["recent"])) and all(map(finite, state["running"]))
+                and len(state["running"]) == len(state["envs"]) == len(state["rngs"]) == N):
+            raise ValueError("the counters, returns or environments are not those of this training")
+        for name in ("steps", "updates", "episodes", "skipped"):
             setattr(self, name, state[name])
+        self.skipped_in_a_row = list(state["skipped_in_a_row"])
         self.recent = collections.deque((tuple(row) for row in state["recent"]), maxlen=self.recent.maxlen)
         self.running = [list(row) for row in state["running"]]
         mine = slice(self.rank * len(self.envs), (self.rank + 1) * len(self.envs))
-        self.current = [env.load_state_dict(saved) for env, saved in zip(self.envs, state["envs"][mine], strict=True)]
+        self.current = [env.load_state_dict(saved) or env.observe() for env, saved in zip(self.envs, state["envs"][mine], strict=True)]
         for rng, saved in zip([*self.rngs, self.shuffle], [*state["rngs"][mine], state["shuffle"]], strict=True):
             rng.bit_generator.state = saved
 
