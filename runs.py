@@ -27,6 +27,7 @@ ppo.py, and save(folder) -> JSON-able dict, load(folder, that dict), for which w
 trainer has policy_optimizer, value_optimizer, updates, state_dict() and load_state_dict(). Randomness of an environment's own
 belongs in its state_dict(). Several processes: all call trainer.state_dict(), so all call checkpoint; rank 0 alone writes.
 """
+import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -157,13 +158,19 @@ def write_tensors(path, tensors):
     write_bytes(path, safetensors.torch.save(tensors, {"format": "pt"}))
 
 
-def read_tensors(path, like):
-    """Read safetensors into a dict and compare with `like`, a dict of tensors: the same names, shapes and types, all finite."""
-    name = os.path.basename(path)
+def read_tensors(path, like, groups=False):
+    """Read safetensors into a dict and compare with `like`, a dict of tensors: the same names, shapes and types, all finite.
+
+    With groups, all names before one first dot may be absent together (an optimiser has no moments before its first step).
+    """
+    name, group = os.path.basename(path), lambda key: key.split(".")[0]
     try:
         tensors = safetensors.torch.load(read_bytes(path))
     except safetensors.SafetensorError as error:
         raise RunError(f"{name} is not safetensors: {str(error).splitlines()[0][:100]}") from None
+    if groups:
+        present = {group(key) for key in tensors}
+        like = {key: tensor for key, tensor in like.items() if group(key) in present}
     if tensors.keys() != like.keys():
         odd = sorted(tensors.keys() ^ like.keys())[0]
         raise RunError(f"{name} {'lacks' if odd in like else 'has a foreign tensor'} {odd[:100]!r}")
@@ -230,7 +237,7 @@ def surroundings():
             **{name: sys.modules[name].__version__ for name in ("transformers", "peft") if name in sys.modules}}
 
 
-def sums(folder, problem=None):
+def sums(folder):
     """The text of SHA256SUMS for a checkpoint's folder as it stands."""
     names = sorted(name for name in os.listdir(folder) if name != "SHA256SUMS")
     return "".join(f"{hashlib.sha256(read_bytes(os.path.join(folder, name))).hexdigest()}  {name}\n" for name in names)
@@ -284,15 +291,38 @@ def damaged(path, error):
         except RunError:
             continue
         return RunError(f"{path} cannot be used: {error}; {other} before it is intact: --resume {folder} --from {other}")
-    return RunError(f"{path} cannot be used: {error}; no intact checkpoint is before it")
+    return RunError(f"{path} cannot be used: {error}; no intact checkpoint is before it, but without this one --resume begins again")
 
 
-def adapter(folder, which="last"):
-    """The folder of a run's newest (or named) intact checkpoint, which peft and Agent.load_adapter read. For evaluation: no lock."""
+@contextlib.contextmanager
+def explained(path):
+    """Turn whatever is wrong with a checkpoint's content into the RunError that names it and offers the one before."""
+    try:
+        yield
+    except RunError as error:
+        raise damaged(path, error) from None
+    except SENSELESS as error:  # well-formed and with right checksums, but not what a run writes
+        reason = (str(error).splitlines() or [""])[0][:100]
+        raise damaged(path, f"it holds values that make no sense ({type(error).__name__}: {reason})") from None
+
+
+def load_agent(path, agent):
+    """Load a verified checkpoint's agent; returns state.json's dict. To be called within explained(path)."""
+    if read_bytes(os.path.join(path, "run_config.json")) != read_bytes(os.path.join(os.path.dirname(path), "config.json")):
+        raise RunError("it was not written with the run's config.json (its run_config.json differs)")
+    state = read_json(os.path.join(path, "state.json"))
+    agent.load(path, state["agent"])
+    return state
+
+
+def load(folder, agent, which="last"):
+    """Load the agent of a run's newest (or named) checkpoint for evaluation, without a lock. Returns the checkpoint's path."""
     read_config(folder)
     path = find(folder, which)
     if path is None:
-        raise RunError(f"{folder} has no checkpoint yet; go on with: python twosome.py --resume {folder}")
+        raise RunError(f"{folder} has no checkpoint yet; go on with: --resume {folder}")
+    with explained(path):
+        load_agent(path, agent)
     return path
 
 
@@ -442,58 +472,36 @@ class Run:
         for old in checkpoints(self.folder)[:-2]:
             self.remove(old)
 
-    def restore(self, agent, trainer=None, which="last"):
+    def restore(self, agent, trainer, which="last"):
         """Load a checkpoint into agent and trainer, cut metrics.csv back to it, and return its update, 0 if there is none yet.
 
-        Without a trainer only the agent is loaded and nothing is written. A damaged checkpoint is a RunError that names it and
-        what is wrong, and offers the one before it.
+        A damaged checkpoint is a RunError that names it and what is wrong, and offers the one before it.
         """
         path = find(self.folder, which)
-        if path is None:
-            if os.path.lexists(self.path("metrics.csv")) and read_bytes(self.path("metrics.csv")).count(b"\n") > 1:
-                print(f"{self.folder} has no checkpoint yet: beginning again", file=sys.stderr)
-            self.table = b""
+        if path is None:  # killed before the first: nothing is lost but what a new beginning computes again
+            print(f"{self.folder} has no checkpoint yet: beginning again", file=sys.stderr)
             return 0
-        try:
-            if read_bytes(os.path.join(path, "run_config.json")) != read_bytes(self.path("config.json")):
-                raise RunError("config.json is not the one it was written with (run_config.json is)")
-            state = read_json(os.path.join(path, "state.json"))
-            if state.keys() != {"trainer", "agent", "random", "surroundings"}:
-                raise RunError("state.json has other keys than it should")
-            agent.load(path, state["agent"])
-            if trainer is None:
-                return int(path.rsplit("-", 1)[1])
-            like = optimizer_tensors(trainer)[1]
+        with explained(path):
+            state = load_agent(path, agent)
             file = os.path.join(path, "optimizers.safetensors")
-            # Adam makes its moments at its first step, so each optimiser has them all or has none.
-            names = set(safetensors.torch.load(read_bytes(file)))
-            load_optimizers(trainer, read_tensors(file, {name: like[name] for name in like if f"{name.split('.')[0]}.0.step" in names}))
+            load_optimizers(trainer, read_tensors(file, optimizer_tensors(trainer)[1], groups=True))
             trainer.load_state_dict(state["trainer"])
-            if path.endswith(f"-{trainer.updates}") is False:
+            if trainer.updates != int(path.rsplit("-", 1)[1]):
                 raise RunError(f"it is of update {trainer.updates}")
             set_random_states(state["random"])
             table = read_bytes(os.path.join(path, "metrics.csv"))
             if table.count(b"\n") != (trainer.updates + 1 if trainer.updates else 0):
                 raise RunError(f"its metrics.csv has not {trainer.updates} rows")
             changed = [f"{name} {then} is now {now}" for name, now in surroundings().items() if (then := state["surroundings"].get(name)) != now]
-        except RunError as error:
-            raise damaged(path, error) from None
-        except (*SENSELESS, safetensors.SafetensorError) as error:
-            raise damaged(path, f"it holds values that make no sense ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]})") from None
         if changed:
             print(f"note: {', '.join(changed)}; the last bits of the results may differ from an uninterrupted run's", file=sys.stderr)
         for name in checkpoints(self.folder):
             if int(name.split("-")[1]) > trainer.updates:  # another future than the one that now begins
-                target = self.path(f"{name}.abandoned")
-                shutil.rmtree(target, ignore_errors=True)
-                os.rename(self.path(name), target)
+                shutil.rmtree(self.path(f"{name}.abandoned"), ignore_errors=True)
+                os.rename(self.path(name), self.path(f"{name}.abandoned"))
         self.table = table
         self.write("metrics.csv", table)
         return trainer.updates
-
-    def adapter(self, which="last"):
-        """The folder of the newest (or named) intact checkpoint, which peft reads."""
-        return adapter(self.folder, which)
 
     def hint(self):
         """How to go on after a failure, in a few words."""
