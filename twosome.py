@@ -22,6 +22,7 @@ import dataclasses
 import functools
 import inspect
 import os
+import random
 import sys
 import time
 import warnings
@@ -264,13 +265,15 @@ def _self_check(model, layout, prompt, nodes):
     text, a, b, c = token[:min(prompt, int(min(context(model), 1e9)) - depth)], *(tuple(token[-i * depth:][:depth]) for i in (3, 2, 1))
     tree = build_tree(tuple(text), [a, a[:2] + b[2:], c])  # two phrases with a common beginning, one apart
     try:
-        gap = ((_forward_trees(model, [tree], layout)[0] - _forward_rows(model, [tree])[0]).abs().mean() / depth).item()
+        fast, exact = _forward_trees(model, [tree], layout)[0], _forward_rows(model, [tree])[0]
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         return f"{type(error).__name__} on a tree mask"
+    gap = ((fast - exact).abs().mean() / depth).item()
     # Half precision rounds a token's log-probability by some hundredths of a nat; a wrong mask is off by more.
-    return None if gap < (1e-4 if model.dtype == torch.float32 else 0.1) else f"the tree's scores were {gap:.2g} nats a token off"
+    bound = 1e-4 if model.dtype == torch.float32 else 0.1
+    return None if gap < bound or not torch.isfinite(exact).all() else f"the tree's scores were {gap:.2g} nats a token off"
 
 
 def context(model):
@@ -517,13 +520,18 @@ EVALUATION_SEED = 1_000_000  # fixed, and far from every training seed
 ERRORS = (ppo.ConfigError, envs.EnvError, models.ModelError, ScoringError, prompting.StateError, runs.RunError)  # bad input: exit code 2
 
 
+def model_path(name):
+    """The folder or hub name to load; pocket_lm lies beside this file, wherever the command is given."""
+    return os.path.join(os.path.dirname(os.path.abspath(__file__)), name) if name == "pocket_lm" else name
+
+
 def build(config):
     """The agent and the environments' maker that a Config describes: (agent, make_env)."""
     make_env = lambda: envs.make(config.env, task=config.task or None, gamma=config.gamma)
     make_env()  # a wrong name is found before a model is loaded
-    torch.manual_seed(config.seed)
-    folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), config.model)
-    model, tokenizer = models.load(folder if config.model == "pocket_lm" else config.model, config.dtype, config.device, config.load_in or None)
+    for seed in (random.seed, np.random.seed, torch.manual_seed):  # nothing here draws from the first two; an environment of yours may
+        seed(config.seed)
+    model, tokenizer = models.load(model_path(config.model), config.dtype, config.device, config.load_in)
     return Agent(model, tokenizer, config.norm, config.lora_rank, config.lora_alpha, config.lora_targets), make_env
 
 
@@ -536,6 +544,17 @@ def summarize(result):
     return {"episodes": n, "return": mean, "return_interval": [mean - half, mean + half], "success": rate, "success_interval": wilson}
 
 
+def some_states(env, agent, steps=200):
+    """What a random walk of `steps` actions meets, encoded: the states that the preflight looks at."""
+    rng, (obs, info), items = np.random.default_rng(0), env.reset(seed=0), []
+    for _ in range(steps):
+        items.append(agent.encode(obs, info))
+        obs, _, done, cut, info = ppo.act(env, info, int(rng.integers(len(items[-1][1]))))
+        if done or cut:
+            obs, info = env.reset()
+    return items
+
+
 def train(config, run, which="last"):
     """Train in `run`'s folder from where it stands (its checkpoint `which`) to the end, evaluate, leave the files of a finished run."""
     from tqdm import tqdm
@@ -544,7 +563,8 @@ def train(config, run, which="last"):
     trainer = ppo.PPO(make_env, agent, config, config.seed)
     if run.resumed:
         run.restore(agent, trainer, which)
-    print(f"{make_env().name}/{make_env().task}, {config.model}, {config.norm} normalisation, seed {config.seed} -> {run.folder}")
+    print(f"{config.env}/{config.task}, {config.norm} normalisation, seed {config.seed} -> {run.folder}")
+    print(agent.preflight(some_states(make_env(), agent), config.minibatch // config.gradient_accumulation)[1])
     total = trainer.total_updates * config.num_envs * config.rollout_steps
     with tqdm(total=total, initial=trainer.steps, unit="step", dynamic_ncols=True) as bar, runs.Signals() as signals:
         while trainer.updates < trainer.total_updates:
@@ -622,9 +642,10 @@ def arguments(argv):
     parser.add_argument("--resume", metavar="RUN", help="go on with an interrupted run")
     parser.add_argument("--from", metavar="CHECKPOINT", default="last", help="with --resume: the checkpoint to go on from, such as checkpoint-40 (the newest)")
     parser.add_argument("--eval", metavar="RUN", nargs="?", const="", help="evaluate a finished run, or without RUN the untrained model, on --task (or all)")
+    parser.add_argument("--tokens", metavar="PHRASE", nargs="+", help="show how --model splits phrases, and their log-probabilities; learn nothing")
     parser.add_argument("--episodes", type=int, default=100, help="episodes of an evaluation (100)")
     options = vars(parser.parse_args(argv))
-    modes = {name: options.pop(name) for name in ("preset", "resume", "from", "eval", "episodes")}
+    modes = {name: options.pop(name) for name in ("preset", "resume", "from", "eval", "tokens", "episodes")}
     given = {name: value for name, value in options.items() if value is not None}
     config = Config(**given)
     if modes["episodes"] < 1:
@@ -646,6 +667,9 @@ def main(argv=None):
     line = lambda error: print("twosome.py: " + " ".join(str(error).split()) + (f"; {run.hint()}" if run else ""), file=sys.stderr)
     try:
         config, modes, given = arguments(argv)
+        if modes["tokens"]:
+            print(token_report(*models.load(model_path(config.model), config.dtype, config.device, config.load_in), modes["tokens"]))
+            return 0
         if modes["eval"] is not None:
             if modes["eval"]:
                 config = runs.fill(Config, runs.read_config(modes["eval"]))

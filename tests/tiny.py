@@ -72,7 +72,7 @@ def metaspace_bpe(padding_side="left"):
     """Llama 2's kind: BPE on U+2581 for the space, one put before the text, BOS in front."""
     core = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
     core.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    core.pre_tokenizer = pre_tokenizers.Split("\u2581", "merged_with_next")
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Split("\u2581", "merged_with_next"), decoders.Metaspace()
     core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
     return _wrap(core, trainer, padding_side, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>")
@@ -81,7 +81,7 @@ def metaspace_bpe(padding_side="left"):
 def unigram():
     """T5's and XLNet's kind: Unigram on Metaspace pieces, with a closing token that must not end a prompt."""
     core = tokenizers.Tokenizer(models.Unigram())
-    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=["<unk>", "<pad>", "</s>"], unk_token="<unk>", show_progress=False)
     made = _wrap(core, trainer, eos_token="</s>", unk_token="<unk>", pad_token="<pad>")
     made.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
