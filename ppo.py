@@ -23,8 +23,11 @@ Deliberate differences from the published code: a time limit is a truncation and
 advantages are normalised over the whole batch, never per micro-batch; the standard deviation has a floor; actor and critic
 have gradient norms of their own; the KL bound is checked before the step it would forbid, not after.
 """
+import bisect
 import collections
 import dataclasses
+import itertools
+import math
 import warnings
 
 import numpy as np
@@ -73,8 +76,8 @@ def value_loss(new_values, old_values, returns, clip):
 
 
 def entropy(log_probs):
-    """-sum pi log pi of one state's admissible actions, in nats. log_probs [A], normalised. Returns a scalar."""
-    return -(log_probs.exp() * log_probs).sum()
+    """-sum pi log pi of each state's admissible actions, in nats. log_probs [..., A], normalised. Returns [...]."""
+    return -(log_probs.exp() * log_probs).sum(-1)
 
 
 def approximate_kl(new_log_probs, old_log_probs):
@@ -117,8 +120,8 @@ class Config:
     def validate(self):
         """Raise ConfigError, in one line, for a setting that cannot work."""
         for name in ("steps", "num_envs", "rollout_steps", "epochs", "minibatch", "gradient_accumulation"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            if not 1 <= getattr(self, name) <= 10 ** 9:
+                raise ConfigError(f"{name} is {str(getattr(self, name))[:20]}; it must lie between 1 and a billion")
         for name in ("policy_lr", "critic_lr", "max_grad_norm"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be a positive number")
@@ -129,6 +132,8 @@ class Config:
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
         batch = self.num_envs * self.rollout_steps
+        if batch > 10 ** 6:
+            raise ConfigError(f"a rollout of num_envs x rollout_steps = {batch} samples is beyond a million; lower --num-envs or --rollout-steps")
         if batch % self.minibatch:
             raise ConfigError(f"a rollout has num_envs x rollout_steps = {self.num_envs} x {self.rollout_steps} = {batch} samples,"
                               f" which minibatches of {self.minibatch} do not divide; try --minibatch {np.gcd(batch, self.minibatch)}")
@@ -144,8 +149,8 @@ class Config:
 
 def sample(log_probs, rng):
     """Draw an index from log-probabilities [A] with one uniform number, so that a generator's use never depends on A."""
-    cumulative = np.cumsum(np.exp(log_probs.double().numpy()))
-    return int(min(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"), len(cumulative) - 1))
+    cumulative = list(itertools.accumulate(map(math.exp, log_probs)))  # of a handful of floats: NumPy's calls would cost more
+    return min(bisect.bisect_right(cumulative, rng.random() * cumulative[-1]), len(cumulative) - 1)
 
 
 def act(env, info, choice):
@@ -224,9 +229,9 @@ class PPO:
         # Each environment has a generator of its own: what one samples never depends on how many stand beside it.
         self.rngs = [np.random.default_rng([seed, index]) for index in mine]
         self.shuffle = np.random.default_rng([seed, config.num_envs, 1])
-        # eps 1e-5: published scripts. AdamW without weight decay is Adam; one class serves both.
-        self.policy_optimizer = torch.optim.Adam(agent.policy_parameters(), lr=config.policy_lr, eps=1e-5)
-        self.value_optimizer = torch.optim.Adam(agent.value_parameters(), lr=config.critic_lr, eps=1e-5)
+        # eps 1e-5: published scripts. AdamW without weight decay is Adam; one class serves both. Fused: one kernel, a third of the time.
+        self.policy_optimizer = torch.optim.Adam(agent.policy_parameters(), lr=config.policy_lr, eps=1e-5, fused=True)
+        self.value_optimizer = torch.optim.Adam(agent.value_parameters(), lr=config.critic_lr, eps=1e-5, fused=True)
         self.parts = config.gradient_accumulation  # more where memory runs out
         self.steps = self.updates = self.episodes = self.skipped = 0
         self.skipped_in_a_row = [0, 0]  # policy and critic apart: the sound one must not hide the other
@@ -268,33 +273,31 @@ class PPO:
     def rollout(self):
         """Take rollout_steps actions in each of this process's environments. Returns a Rollout."""
         T, N = self.config.rollout_steps, len(self.envs)
-        items, finals = [], {}  # finals: (t, n) -> encoded final observation of an episode that the time limit cut
-        log_probs, values, rewards, durations, successes = torch.zeros(5, T, N).unbind()
-        choices = torch.zeros(T, N, dtype=torch.long)
-        terminated, ended = torch.zeros(2, T, N, dtype=torch.bool).unbind()
+        items, rows, finals = [], [], {}  # finals: (t, n) -> encoded final observation of an episode that the time limit cut
         now = [self.agent.encode(*pair) for pair in self.current]
         for t in range(T):
-            policy = [scores.float().cpu() for scores in self.agent.log_probs(now)]
-            values[t] = self.agent.values(now).float().cpu()
             items += now
-            for n, env in enumerate(self.envs):
-                if not torch.isfinite(policy[n]).all():
+            for n, (env, scores) in enumerate(zip(self.envs, self.agent.log_probs(now))):
+                scores = scores.tolist()  # a few numbers, taken one by one: plain floats are faster than tensors of one element
+                if not all(map(math.isfinite, scores)):
                     raise NonFiniteError("the policy's log-probabilities are not finite")
-                choice = sample(policy[n], self.rngs[n])
+                choice = sample(scores, self.rngs[n])
                 obs, reward, done, cut, info = act(env, self.current[n][1], choice)
-                choices[t, n], log_probs[t, n], rewards[t, n] = choice, policy[n][choice], float(reward)
-                durations[t, n], terminated[t, n], ended[t, n] = info.get("duration", 1), done, done or cut
-                successes[t, n] = float((done or cut) and info.get("success", done))
+                rows.append((choice, scores[choice], float(reward), float(info.get("duration", 1)), bool(done), bool(done or cut),
+                             float((done or cut) and info.get("success", done))))
                 if cut and not done:
                     finals[t, n] = self.agent.encode(obs, info)
                 self.current[n] = env.reset() if done or cut else (obs, info)
             now = [self.agent.encode(*pair) for pair in self.current]
-        # V(s_{t+1}): the next row's values; after the last row, of where the environments stand; at a truncation, of the
-        # final observation (the next row already belongs to another episode). At a termination it is never used.
-        next_values = torch.cat([values[1:], self.agent.values(now).float().cpu()[None]])
+        choices, log_probs, rewards, durations, terminated, ended, successes = (torch.tensor(column).view(T, N) for column in zip(*rows))
+        # The critic chooses no action, so all values are asked for at once. V(s_{t+1}): the next row's values; after the last row, of
+        # where the environments stand; at a truncation, of the final observation (the next row already belongs to another
+        # episode). At a termination it is never used.
+        values, after, last = self.agent.values([*items, *now, *finals.values()]).float().cpu().split([T * N, N, len(finals)])
+        values = values.view(T, N)
+        next_values = torch.cat([values[1:], after[None]])
         if finals:
-            rows, columns = zip(*finals)
-            next_values[list(rows), list(columns)] = self.agent.values(list(finals.values())).float().cpu()
+            next_values[tuple(zip(*finals))] = last
         if not (torch.isfinite(next_values).all() and torch.isfinite(values).all()):
             raise NonFiniteError("the critic's values are not finite")
         if not torch.isfinite(rewards).all():
@@ -303,14 +306,14 @@ class PPO:
 
     def count(self, rollout):
         """Follow each environment's return, discounted from its episode's start per primitive step, and the steps taken."""
-        for t in range(len(rollout.values)):
-            for n, run in enumerate(self.running):
-                reward, tau = rollout.rewards[t, n].item(), rollout.durations[t, n].item()
+        rows = zip(*(getattr(rollout, name).tolist() for name in ("rewards", "durations", "ended", "successes")))
+        for row in rows:
+            for run, (reward, tau, ended, success) in zip(self.running, zip(*row)):
                 run[0], run[1], run[2] = run[0] + run[1] * reward, run[1] * self.config.gamma ** tau, run[2] + tau
-                if rollout.ended[t, n]:
-                    self.recent.append((run[0], rollout.successes[t, n].item(), run[2]))
+                if ended:
+                    self.recent.append((run[0], success, run[2]))
                     self.episodes += 1
-                    self.running[n] = [0.0, 1.0, 0.0]
+                    run[:] = [0.0, 1.0, 0.0]
         self.steps += rollout.values.numel()
 
     def share(self, rollout, batch):
@@ -368,8 +371,8 @@ class PPO:
                 except NonFiniteError:  # an agent may refuse such logits itself; told through the sum, every process skips this step
                     sums += float("nan")
                     continue
-                new = torch.stack([row[choices[i]] for row, i in zip(scores, part)])
-                entropies = torch.stack([entropy(row) for row in scores])
+                scores = torch.nn.utils.rnn.pad_sequence(scores, batch_first=True, padding_value=-1e9)  # [B, A]: 0 in probability
+                new, entropies = scores.gather(1, choices[part][:, None].to(scores.device))[:, 0], entropy(scores)
                 before = old[part].to(new.device)
                 losses = policy_loss(new, before, advantages[part].to(new.device), config.clip)
                 ((losses - config.entropy * entropies).sum() / len(batch)).backward()
@@ -458,7 +461,7 @@ def evaluate(make_env, agent, episodes, seed, gamma):
             policy = agent.log_probs([agent.encode(*current[i]) for i in alive])
         over = set()
         for i, scores in zip(alive, policy):
-            obs, reward, done, cut, info = act(envs[i], current[i][1], sample(scores.float().cpu(), rngs[i]))
+            obs, reward, done, cut, info = act(envs[i], current[i][1], sample(scores.tolist(), rngs[i]))
             returns[i] += discounts[i] * reward
             discounts[i] *= gamma ** info.get("duration", 1)
             current[i] = (obs, info)
