@@ -221,7 +221,7 @@ class Small:
         return list((torch.tensor(np.array(items), dtype=torch.float32) @ self.weight).log_softmax(-1))
 
     def values(self, items):
-        return self.value.expand(len(items))
+        return self.value.repeat(len(items))
 
     def policy_parameters(self):
         return [self.weight]
