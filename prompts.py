@@ -27,16 +27,16 @@ OVERCOOKED_VERBS = {
     "tomato": ("pick up", "walk to", "put the tomato in the bowl"),
     "lettuce": ("take", "go to", "add the lettuce to the bowl"),
     "onion": ("fetch", "move to", "drop the onion into the bowl"),
-    "bowl": ("grab", "step to", None),
+    "bowl": ("grab", "head to", None),
 }
 BOARDS = {"board1": "the first board", "board2": "the second board"}
 BOARD_VERBS = {"board1": ("approach", "put", "fill"), "board2": ("visit", "lay", "load")}  # walk to, put down on, fill the bowl at
 
 # Principle 4 again: a verb of its own for each room and for each thing in a home: (walk to it, grab it, put it down).
-ROOM_VERBS = {"living room": "enter", "kitchen": "go to", "bathroom": "visit", "bedroom": "head to"}
+ROOM_VERBS = {"living room": "enter", "kitchen": "go to", "bathroom": "visit", "bedroom": "proceed to"}
 HOME_VERBS = {
     "food": ("walk to", "grab", "put"), "appliance": ("move to", None, None),
-    "chips": ("walk to", "grab", "put"), "milk": ("step to", "take", "place"),
+    "chips": ("walk to", "grab", "put"), "milk": ("head to", "take", "place"),
     "coffee table": ("reach", None, None), "tv": ("move to", None, None), "sofa": ("approach", None, None),
 }
 GOAL_VERBS = {"microwave": "heat", "oven": "heat", "dishwasher": "wash", "washing machine": "wash"}  # any other: "put"
