@@ -11,11 +11,11 @@ import urllib.parse
 import urllib.request
 import warnings
 
-import huggingface_hub
 import peft
 import safetensors
 import torch
 import transformers
+from transformers.utils.hub import constants as hub
 
 # Section 4.3 and published scripts: LoRA on the q and v projections. Where an architecture fuses them, the fused projection
 # (our choice). The first row with a member in the model is taken.
@@ -59,10 +59,10 @@ def choose_device(name="auto"):
 
 def hub_is_reachable():
     """Whether the hub's name resolves: huggingface_hub itself retries for half a minute before it says that it does not."""
-    if huggingface_hub.constants.HF_HUB_OFFLINE or urllib.request.getproxies():  # behind a proxy, names resolve elsewhere
-        return not huggingface_hub.constants.HF_HUB_OFFLINE
+    if hub.HF_HUB_OFFLINE or urllib.request.getproxies():  # behind a proxy, names resolve elsewhere
+        return not hub.HF_HUB_OFFLINE
     try:
-        return bool(socket.getaddrinfo(urllib.parse.urlparse(huggingface_hub.constants.ENDPOINT).hostname, 443))
+        return bool(socket.getaddrinfo(urllib.parse.urlparse(hub.ENDPOINT).hostname, 443))
     except OSError:
         return False
 
@@ -203,10 +203,12 @@ def preflight(model, trees, samples=32, others=()):
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    ids = torch.tensor([list(longest.ids)], device=model.device)
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(longest.parents)).logits.float().log_softmax(-1)
-        logits.sum()
+    try:
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            logits = model(input_ids=longest.ids[None].to(model.device), use_cache=False, logits_to_keep=len(longest.parents)).logits
+            logits.float().log_softmax(-1)
+    except torch.OutOfMemoryError:
+        raise ModelError("not even one prompt fits into memory; choose a smaller model, --dtype bfloat16 or --load-in 4bit") from None
     activations = sum(kept.values()) * samples
     state = sum(p.nbytes for p in trainable) * 3  # the gradient and Adam's two moments
     phrases = [len(path) for tree in trees for path in tree.paths]

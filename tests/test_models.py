@@ -65,19 +65,28 @@ def test_lora_goes_to_the_query_and_value_projections(name, recwarn):
     assert not recwarn
 
 
-def test_the_saved_adapter_is_pefts_own(saved, tmp_path):
-    agent = twosome.Agent(*models.load(str(saved), device="cpu"))
-    for name, parameter in agent.model.named_parameters():
-        if "lora_B" in name:
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2"])
+def test_the_saved_adapter_is_pefts_own(name, tmp_path):
+    base, saved, with_adapter = tmp_path / "base", tmp_path / "adapter", tmp_path / "peft"
+    replaced_by(lambda: tiny.model(name))(base)
+    tiny.byte_bpe().save_pretrained(base)
+    agent = twosome.Agent(*models.load(str(base), device="cpu"))
+    prior = agent.log_probs(ITEMS)
+    for parameter_name, parameter in agent.model.named_parameters():
+        if "lora_B" in parameter_name:
             torch.nn.init.normal_(parameter, 0, 0.2)
+    agent.policy_changed()
     scores = agent.log_probs(ITEMS)
-    agent.model.save_pretrained(tmp_path)
-    base = transformers.AutoModelForCausalLM.from_pretrained(saved)
-    loaded = peft.PeftModel.from_pretrained(base, tmp_path)
-    again = twosome.score_actions(loaded, agent.tokenizer, *zip(*ITEMS))
+    saved.mkdir()
+    agent.save(saved)  # as a checkpoint holds it, and as peft itself would write it
+    agent.model.save_pretrained(with_adapter)
+    for folder in (saved, with_adapter):
+        with models.quiet():
+            loaded = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), folder)
+        assert all(torch.equal(a, b) for a, b in zip(scores, twosome.score_actions(loaded, agent.tokenizer, *zip(*ITEMS))))
     merged = twosome.score_actions(loaded.merge_and_unload(), agent.tokenizer, *zip(*ITEMS))
-    assert all(torch.equal(a, b) for a, b in zip(scores, again)) and all(torch.allclose(a, b, atol=1e-4) for a, b in zip(scores, merged))
-    assert not torch.allclose(scores[0], twosome.score_actions(models.load(str(saved), device="cpu")[0], agent.tokenizer, *zip(*ITEMS[:1]))[0], atol=1e-2)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(scores, merged))
+    assert not torch.allclose(scores[0], prior[0], atol=1e-2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -37,6 +37,8 @@ ARCHITECTURES = {
     "falcon-alibi": (hf.FalconConfig, dict(SIZE, alibi=True), "rows"),
     "bloom": (hf.BloomConfig, dict(hidden_size=32, n_layer=3, n_head=4), "rows"),
     "gptj": (hf.GPTJConfig, dict(n_embd=32, n_layer=3, n_head=4, rotary_dim=4), "tree"),
+    # The self-check finds this one out: its window counts columns, and its configuration does not say so.
+    "gpt-neo": (hf.GPTNeoConfig, dict(hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=8), "rows"),
 }
 
 
