@@ -55,6 +55,9 @@ class NonFiniteScores(ScoringError, ppo.NonFiniteError):
 
 def encode(tokenizer, texts):
     """Token ids of each text with the tokenizer's own opening token (BOS), without a closing one. list[list[int]]."""
+    for text in texts:
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ScoringError(f"the text {ascii(text[:40])} holds half a surrogate pair, which is no character")
     return [row[:-1] if len(row) > 1 and row[-1] == tokenizer.eos_token_id else row for row in tokenizer(texts)["input_ids"]]
 
 
@@ -168,16 +171,22 @@ def pack(tokenizer, prompt, phrases):
     return build_tree(*tokenize(tokenizer, prompt, phrases))
 
 
+@functools.lru_cache(maxsize=64)
+def _takes(kind):
+    """The names of the arguments that a class of models takes."""
+    return frozenset(inspect.signature(kind.forward).parameters)
+
+
 def _logits(model, keep, **inputs):
     """Float32 logits [kept, V] where the bool mask keep [B, S] is set: the vocabulary projection runs there alone."""
-    if "logits_to_keep" in inspect.signature(_plain(model).forward).parameters:
+    if "logits_to_keep" in _takes(type(_plain(model))):
         return model(**inputs, use_cache=False, logits_to_keep=keep).logits.float()
     return model(**inputs, use_cache=False).logits[keep].float()
 
 
 def _forward_trees(model, trees, layout):
     """Joint log-probabilities of every phrase of B trees in one forward: a list of float32 [A]."""
-    device, longest = model.device, max(len(tree.ids) for tree in trees)
+    device, dtype, longest = model.device, model.dtype, max(len(tree.ids) for tree in trees)
     ids, positions = (torch.nn.utils.rnn.pad_sequence([getattr(tree, name) for tree in trees], batch_first=True).to(device)
                       for name in ("ids", "positions"))  # [B, S]; id 0 is a token like any other: no real token sees a pad
     # Columns stand in depth-first order, so the causal triangle already shows every node the whole prompt and hides all
@@ -187,12 +196,13 @@ def _forward_trees(model, trees, layout):
     for b, tree in enumerate(trees):
         allowed[b, tree.prompt:len(tree.ids), tree.prompt:len(tree.ids)] = tree.visible
         keep[b, tree.parents] = True
-    allowed, distance = allowed.to(device), positions[:, :, None] - positions[:, None, :]
+    allowed = allowed.to(device)
 
     def additive(mask):  # a bool mask is silently wrong under eager attention: hand over what is added to the scores
-        return torch.zeros(mask.shape, dtype=model.dtype, device=device).masked_fill_(~mask, torch.finfo(model.dtype).min)[:, None]
+        return torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(~mask, torch.finfo(dtype).min)[:, None]
 
-    mask = {kind: additive(allowed if window is None else allowed & (distance < window)) for kind, window in layout.items()}
+    mask = {kind: additive(allowed if window is None else allowed & (positions[:, :, None] - positions[:, None, :] < window))
+            for kind, window in layout.items()}
     logits = _logits(model, keep.to(device), input_ids=ids, position_ids=positions, attention_mask=mask.get("single", mask))
     offsets = np.cumsum([0] + [len(tree.parents) for tree in trees])
     rows = torch.cat([tree.edges[:, 0] + offset for tree, offset in zip(trees, offsets)]).to(device)
@@ -220,10 +230,10 @@ def mask_layout(model):
 
     A custom 4-D mask replaces the model's own, a sliding window included, so the window has to be put back in here.
     """
-    config, parameters = model.config.get_text_config(), inspect.signature(_plain(model).forward).parameters
+    config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or ())
-    if getattr(config, "alibi", False) or "position_ids" not in parameters:
+    if getattr(config, "alibi", False) or "position_ids" not in _takes(type(_plain(model))):
         return "it reads positions off the columns (ALiBi, or a recurrence)"
     if config._attn_implementation not in ("sdpa", "eager"):
         return f"{config._attn_implementation} attention takes no custom mask"
@@ -261,9 +271,9 @@ def _layout(model, trees):
 def _self_check(model, layout, prompt, nodes):
     """Score one invented tree as a tree and as rows. Returns None where they agree, else a str saying what went wrong."""
     depth = nodes // 3 + 2
-    token = (torch.arange(prompt + 3 * depth) * 7919 % model.get_input_embeddings().weight.shape[0]).tolist()
-    text, a, b, c = token[:min(prompt, int(min(context(model), 1e9)) - depth)], *(tuple(token[-i * depth:][:depth]) for i in (3, 2, 1))
-    tree = build_tree(tuple(text), [a, a[:2] + b[2:], c])  # two phrases with a common beginning, one apart
+    tokens = tuple((torch.arange(3 * depth + prompt) * 7919 % model.get_input_embeddings().weight.shape[0]).tolist())
+    a, b, c = (tokens[i * depth:(i + 1) * depth] for i in range(3))
+    tree = build_tree(tokens[3 * depth:][:min(prompt, context(model) - depth)], [a, a[:2] + b[2:], c])  # two share a beginning
     try:
         fast, exact = _forward_trees(model, [tree], layout)[0], _forward_rows(model, [tree])[0]
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
@@ -277,13 +287,13 @@ def _self_check(model, layout, prompt, nodes):
 
 
 def context(model):
-    """The number of tokens the model's context holds; infinity where it has no bound."""
+    """The number of tokens the model's context holds; 2 ** 40 where it has no bound."""
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     limits = [getattr(config, "max_position_embeddings", None)]
     if rope.get("rope_type") == "longrope":  # beyond this, a text's rotations depend on the longest text of its batch
         limits.append(rope.get("original_max_position_embeddings"))
-    return min((limit for limit in limits if limit), default=float("inf"))
+    return min((limit for limit in limits if limit), default=2 ** 40)
 
 
 def joint_log_probs(model, tokenizer, prompts, phrases, batch=64):
@@ -400,8 +410,8 @@ class Agent:
     def features(self, texts):
         """The critic's input for each prompt, [B, H] float32; computed once a distinct prompt, for the base never changes."""
         new = [text for text in dict.fromkeys(texts) if text not in self._features]
-        if new:
-            self._features.update(zip(new, self._hidden(new)))
+        for part in (new[start:start + 64] for start in range(0, len(new), 64)):  # a whole rollout's at once could fill the memory
+            self._features.update(zip(part, self._hidden(part)))
         result = torch.stack([self._features[text] for text in texts])
         while len(self._features) * result[0].nbytes > self.FEATURE_BYTES:
             self._features.pop(next(iter(self._features)))
@@ -409,7 +419,8 @@ class Agent:
 
     def values(self, items):
         """V(d) of each item, float32 [B]; gradients reach the MLP alone."""
-        return self.critic(self.features([prompt for prompt, _ in items]))[:, 0]
+        place = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in items))}  # equal prompts, equal values
+        return self.critic(self.features(list(place)))[[place[prompt] for prompt, _ in items], 0]
 
     def preflight(self, items, samples=32):
         """What training on these items will take, `samples` a backward pass: (dict, printable text); see models.preflight."""
@@ -490,11 +501,9 @@ class Config(ppo.Config):
         for name, choices in (("norm", NORMALIZATIONS), ("dtype", ("auto", "float32", "bfloat16", "float16")), ("load_in", ("", "8bit", "4bit"))):
             if getattr(self, name) not in choices:
                 raise ppo.ConfigError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(filter(None, choices))}")
-        for name in ("lora_rank", "lora_alpha", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ppo.ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.seed < 0:
-            raise ppo.ConfigError(f"seed is {self.seed}; it must be 0 or a positive integer")
+        for name, low, high in (("lora_rank", 1, 4096), ("lora_alpha", 1, 10 ** 6), ("checkpoint_every", 1, 10 ** 9), ("seed", 0, 2 ** 32 - 1)):
+            if not low <= getattr(self, name) <= high:
+                raise ppo.ConfigError(f"{name} is {str(getattr(self, name))[:20]}; it must lie between {low} and {high}")
 
 
 def preset(name, env, task):
@@ -555,11 +564,10 @@ def some_states(env, agent, steps=200):
     return items
 
 
-def train(config, run, which="last"):
+def train(config, run, agent, make_env, which="last"):
     """Train in `run`'s folder from where it stands (its checkpoint `which`) to the end, evaluate, leave the files of a finished run."""
     from tqdm import tqdm
     start = time.perf_counter()
-    agent, make_env = build(config)
     trainer = ppo.PPO(make_env, agent, config, config.seed)
     if run.resumed:
         run.restore(agent, trainer, which)
@@ -664,7 +672,7 @@ def arguments(argv):
 def main(argv=None):
     """The command. Returns the exit code: 0, 1 (the machine failed), 2 (bad input), 130 or 143 (stopped by a signal)."""
     run = None
-    line = lambda error: print("twosome.py: " + " ".join(str(error).split()) + (f"; {run.hint()}" if run else ""), file=sys.stderr)
+    line = lambda error, hint: print("twosome.py: " + " ".join(str(error).split()) + (f"; {run.hint()}" if run and hint else ""), file=sys.stderr)
     try:
         config, modes, given = arguments(argv)
         if modes["tokens"]:
@@ -673,27 +681,28 @@ def main(argv=None):
         if modes["eval"] is not None:
             if modes["eval"]:
                 config = runs.fill(Config, runs.read_config(modes["eval"]))
+                config.validate()
             return evaluate(modes["eval"], modes["tasks"] or [(config.env, config.task)], modes["episodes"], config)
         if modes["resume"]:
             run = runs.Run.open(modes["resume"])
             config = runs.fill(Config, run.config)
             config.validate()
-        else:
+        agent, make_env = build(config)  # before a new folder is made: what cannot be built leaves none
+        if not run:
             run = runs.Run.create(config.out or runs.free_name("runs", f"{config.task}-seed{config.seed}"), dataclasses.asdict(config))
-        try:
-            return train(config, run, modes["from"])
-        finally:
-            run.close()
+        return train(config, run, agent, make_env, modes["from"])
     except (OSError, ArithmeticError) as error:  # before ERRORS: a NonFiniteScores is both
-        line(error)
+        line(error, hint=True)
         return 1
     except ERRORS as error:
-        run = None  # the message says all: no hint
-        line(error)
+        line(error, hint=False)  # the message says all
         return 2
     except KeyboardInterrupt:  # outside the training loop, which finishes its update first
-        line("interrupted")
+        line("interrupted", hint=True)
         return 130
+    finally:
+        if run:
+            run.close()
 
 
 if __name__ == "__main__":
