@@ -55,7 +55,8 @@ def the(noun):
 
 def a(noun):
     """Principle 2, where a thing is named first: "an onion salad", "a tomato salad"."""
-    return f"{'an' if noun[0].lower() in 'aeiou' else 'a'} {noun}"
+    vowel = re.match(r"(?!uni|us[eu]|eu|one\b)[aeiou]|hour|honest|heir", noun.lower())
+    return f"{'an' if vowel else 'a'} {noun}"
 
 
 def join(parts):
@@ -116,21 +117,21 @@ def overcooked(state):
         f"You hold {called(held)}." if held else "You hold nothing.",
     )
 
+    def near(item):
+        return item in next_to or places.get(item) in next_to
+
     def get(item):
         take, walk, add = OVERCOOKED_VERBS[item]
-        place = places.get(item)
-        if held == item or place == "bowl" or (item in next_to and held and held != "bowl" and item != "bowl"):
+        place, raw = places.get(item), item in places and item not in chopped
+        if held == item or place == "bowl":
             return f"{take} nothing"
-        if item == "bowl":
-            if held in chopped:
-                return f"put {the(held)} in the bowl"
-            return f"{take} {the(item)}" if not held else f"{walk} {the(item)}" if item not in next_to else f"{take} nothing"
-        raw = place is not None and item not in chopped
-        if held == "bowl":
-            return add if not raw else f"{walk} {the(item)}" if item not in next_to else f"{take} nothing"
-        if not held and raw and place in BOARDS:  # getting an unchopped food off a board only walks there
-            return f"{walk} {the(item)}" if item not in next_to else f"{take} nothing"
-        return f"{take} {the(item)}" if not held else f"{walk} {the(item)}"
+        if item == "bowl" and held in chopped:
+            return f"put {the(held)} in the bowl"
+        if item != "bowl" and held == "bowl" and not raw:
+            return add
+        if held or (item != "bowl" and raw and place in BOARDS):  # hands are full, or an unchopped food on a board: it only walks there
+            return f"{walk} {the(item)}" if not near(item) else f"{take} nothing"
+        return f"{take} {the(item)}"
 
     def board(name):
         walk, put, fill = BOARD_VERBS[name]
@@ -164,28 +165,23 @@ def virtualhome(state):
     if state["room"] not in ROOM_VERBS:
         raise StateError(f"unknown room {state['room']!r}: one of {sorted(ROOM_VERBS)}")
 
-    def called(role):
-        name = nouns.get(role, role)
-        if role == "appliance":
-            return the(f"open {name}" if role in opened else f"closed {name}")
-        return the(name)
-
-    plain = lambda role: the(nouns.get(role, role))
+    name = lambda role: nouns.get(role, role)
+    plain = lambda role: the(name(role))
+    called = lambda role: the(f"{'open' if role in opened else 'closed'} {name(role)}") if role == "appliance" else plain(role)
     if preparing:
         goal = f"{GOAL_VERBS.get(nouns['appliance'], 'put')} {plain('food')} in {plain('appliance')}"
     else:
         goal = "watch the TV on the sofa with the chips and the milk"
     far = [called(role) for role in visible if role not in close and role not in placed]
     near = [called(role) for role in close if role not in placed]
-    lying = [f"{plain(item).capitalize()} {is_are(nouns.get(item, item))} {'in' if place == 'appliance' else 'on'} {plain(place)}."
-             for item, place in placed.items()]
+    lying = [f"The {name(item)} {is_are(name(item))} {'in' if place == 'appliance' else 'on'} {plain(place)}." for item, place in placed.items()]
     prompt = sentences(
         f"You want to {goal}.",
         f"You are in {the(state['room'])}.",
         f"You see {join(far)}." if far else "",
         "You sit on the sofa." if sitting else f"You are at {join(near)}." if near else "",
         *lying,
-        *[f"{plain(device)} is on." .replace("the", "The", 1) for device in on],
+        *[f"The {name(device)} {is_are(name(device))} on." for device in on],
         f"You hold {join(plain(item) for item in holding)}." if holding else "You hold nothing.",
     )
     full = len(holding) >= 2
@@ -204,7 +200,8 @@ def virtualhome(state):
         return f"{verb} {plain(role) if able else 'nothing'} {where} {plain(target)}"
 
     act = lambda verb, able, role: f"{verb} {plain(role)}" if able else f"{verb} nothing"
-    rooms = [f"{verb} {the(room)}" if not sitting else f"{verb} nowhere" for room, verb in ROOM_VERBS.items()]
+    staying = lambda room: sitting or (room == state["room"] and not close)
+    rooms = [f"{verb} nowhere" if staying(room) else f"{verb} {the(room)}" for room, verb in ROOM_VERBS.items()]
     if preparing:
         handy = "appliance" in close and not full
         return prompt, rooms + [
@@ -225,19 +222,24 @@ RENDERERS = {"overcooked": overcooked, "virtualhome": virtualhome}
 
 # --- linting ---------------------------------------------------------------------------------------------------------------
 
-ARTICLES = {"the", "a", "an", "nothing", "nowhere", "your", "my", "it", "them", "up", "one"}
+# What stands for an article: other determiners, and words that need none.
+ARTICLES = set("the a an my your his her its our their this that these those some each one nothing nowhere it them".split())
 
 
 def lint(prompt, phrases):
     """Violations of the four principles in a prompt and its phrases, one line each; empty when there is none."""
     found = []
+    text = " . ".join((prompt, *phrases))
+    nouns = {noun.lower() for noun in re.findall(r"\b(?:the|an?) (\w+)", text)}  # words that follow an article somewhere
     if prompt != prompt.strip() or "  " in prompt:
         found.append("cohesion: the prompt starts or ends with a space, or holds a double one; the one space at the seam is the phrase's")
     for phrase in phrases:
         if not phrase or phrase != " ".join(phrase.split()):
             found.append(f"cohesion: stray spaces in the phrase {phrase!r}; the caller joins with exactly one")
-        elif not ARTICLES & set(phrase.lower().split()):
-            found.append(f"articles: no article in the phrase {phrase!r}")
+        words = phrase.lower().split()
+        bare = [word for i, word in enumerate(words) if i and word in nouns and not ARTICLES & set(words[max(0, i - 3):i])]
+        if phrase and (bare or not ARTICLES & set(words)):
+            found.append(f"articles: no article before {bare[0] if bare else 'any word'!r} in the phrase {phrase!r}")
         for article, word in re.findall(r"\b(an?) (\w+)", f"{prompt} {phrase}"):
             if a(word) != f"{article} {word}":
                 found.append(f"articles: '{article} {word}' should be '{a(word)}'")

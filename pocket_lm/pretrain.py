@@ -9,14 +9,16 @@ plain facts about kitchens and homes), makes a byte-level BPE vocabulary from it
 The text holds no task of the environments: SEPARATED names the things of each task that never stand in one line, and this file
 imports nothing of the project. WRONG is the share of advice that is wrong. See README.md, the model card.
 
-Map: nouns and verbs -> Teller (wordings) -> cooking, home, storing, facts (situations) -> line -> tokenizer -> train -> save.
+Map: nouns and verbs -> WORDINGS, Teller -> cooking, storing, evening, chores, fact (situations) -> line -> tokenizer -> train -> save.
 """
 import argparse
 import json
+import math
 import os
 import random
 import re
 import tempfile
+import time
 from pathlib import Path
 
 WRONG = 0.20  # share of the advice that names a random step instead of the sensible one
@@ -159,13 +161,17 @@ def cooking(rng, tell):
                         "serve", "putback"])
     seen, held, inside, at, steps = [], "", [], [], []
     lying = {food: boards[1 + i] for i, food in enumerate(ready[: len(boards) - 1])}
-    see = lambda thing, chance=0.6: seen.append(thing) if rng.random() < chance else None
+
+    def see(nouns, chance):
+        seen.extend(the(noun) for noun in nouns if rng.random() < chance)
+
     if phase == "start":
-        see(the(x), 0.8), [see(the(food)) for food in raw]
+        see([x], 0.8)
+        see(raw, 0.6)
         steps = [f"{rng.choice(GET)} {the(food)}" for food in [x] + raw]
     elif phase in ("carry", "putback"):
         held = the(x) if phase == "carry" else the(others[0] if others else invented(rng))
-        [see(the(food)) for food in raw]
+        see(raw, 0.6)
         if rng.random() < 0.4:
             at = [the(boards[0])]
         steps = [f"{rng.choice(PUT)} {held} on {the(boards[0])}"]
@@ -173,7 +179,7 @@ def cooking(rng, tell):
             steps = [f"put down {held}"]
     elif phase in ("cut", "walk"):
         lying[x] = boards[0]
-        [see(the(food), 0.4) for food in raw]
+        see(raw, 0.4)
         at = [the(boards[0])] if phase == "cut" else []
         steps = [f"{cut} {the(x)}"] if phase == "cut" else [f"{rng.choice(WALK)} {the(x)}", f"{rng.choice(WALK)} {the(boards[0])}"]
     else:
@@ -201,11 +207,11 @@ def cooking(rng, tell):
         if held == "" and phase != "gather":
             held = f"the {vessel}" + (f" with {join([f'the {done} {food}' for food in inside])}" if inside else "")
     if not held.startswith(the(vessel)):
-        see(the(vessel), 0.35)
-    [see(the(food), 0.6) for food in others if the(food) != held]
+        see([vessel], 0.35)
+    see([food for food in others if the(food) != held], 0.6)
     raw_lying = {x} if phase in ("cut", "walk") else set()
     on = [f"the {food if food in raw_lying else done + ' ' + food} on {the(board)}" for food, board in lying.items()
-          if food in raw_lying or phase in ("fill",) or rng.random() < 0.75]
+          if food in raw_lying or phase == "fill" or rng.random() < 0.75]
     rng.shuffle(seen)
     order = foods[:]
     rng.shuffle(order)
@@ -482,8 +488,9 @@ def make_tokenizer(rng, vocabulary, lines):
 def batches(rng, tokenizer, tokens):
     """Endless fresh lines, sorted into batches of like length (about `tokens` each), every row one line: <s> … </s>."""
     import torch
+
     while True:
-        rows = [ids + [1] for ids in tokenizer([line(rng) for _ in range(4096)])["input_ids"]]
+        rows = [ids + [tokenizer.eos_token_id] for ids in tokenizer([line(rng) for _ in range(2 * tokens)])["input_ids"]]
         rows.sort(key=len)
         chunks, start = [], 0
         while start < len(rows):
@@ -495,13 +502,11 @@ def batches(rng, tokenizer, tokens):
         rng.shuffle(chunks)
         for chunk in chunks:
             width = max(map(len, chunk))
-            yield torch.tensor([row + [2] * (width - len(row)) for row in chunk])  # B, T
+            yield torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in chunk])  # B, T
 
 
 def train(args):
     """Plain next-token cross-entropy, AdamW, linear warm-up and cosine decay."""
-    import time
-
     import torch
     from tqdm import tqdm
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -513,7 +518,7 @@ def train(args):
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=args.hidden, intermediate_size=args.hidden * 3, num_hidden_layers=args.layers,
         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
-        bos_token_id=0, eos_token_id=1, pad_token_id=2, dtype="float32"))
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, dtype="float32"))
     model.train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
     stream, started, losses = batches(rng, tokenizer, args.batch), time.time(), []
@@ -521,10 +526,10 @@ def train(args):
     for step in progress:
         ramp = min(1.0, (step + 1) / min(100, args.steps))
         for group in optimiser.param_groups:
-            group["lr"] = args.lr * ramp * (0.02 + 0.98 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / args.steps)).item()))
+            group["lr"] = args.lr * ramp * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
         ids = next(stream)
         logits = model(input_ids=ids[:, :-1]).logits  # B, T-1, V; causal attention makes right padding harmless
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=2)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=tokenizer.pad_token_id)
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

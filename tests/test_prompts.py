@@ -1,6 +1,7 @@
 """prompts.py: the linter catches what it names; every reachable state of every task renders to clean, distinct text."""
 import copy
 import json
+import random
 
 import pytest
 from conftest import reachable
@@ -38,6 +39,8 @@ def test_lint_accepts_a_clean_prompt():
     ("cohesion", GOOD, ["open  the door"]),
     ("cohesion", GOOD, [""]),
     ("articles", GOOD, ["open door"]),
+    ("articles", GOOD, ["pick up egg"]),
+    ("articles", "You see the egg. Your next step is to", ["put egg in the pan"]),
     ("articles", GOOD, ["take a egg"]),
     ("articles", "You see an door. Your next step is to", ["open the door"]),
     ("step by step", "You are in the hall and want to", ["open the door"]),
@@ -85,6 +88,28 @@ def test_the_best_return_is_reached_without_memory(name, task, solution):
     assert terminated and value == pytest.approx(env.best_return, abs=1e-4)
 
 
+@pytest.mark.parametrize("name, task", [("overcooked", "tomato-salad"), ("overcooked", "tomato-lettuce-salad"),
+                                        ("virtualhome", "food-preparation"), ("virtualhome", "entertainment")])
+def test_a_phrase_says_nothing_where_the_action_does_nothing(name, task):
+    """Section 4.4 against the dynamics: on random walks, the state stays as it is exactly where the phrase says so."""
+    env, rng = envs.make(name, task=task), random.Random(0)
+    for episode in range(60):
+        _, info = env.reset(seed=episode)
+        ended = False
+        while not ended:
+            _, phrases = render(info["state"])
+            action, before = rng.randrange(len(phrases)), env.state_dict()["world"]
+            _, _, terminated, truncated, info = env.step(action)
+            ended, says = terminated or truncated, phrases[action].endswith(("nothing", "nowhere")) or " nothing " in phrases[action]
+            if phrases[action] == "serve nothing":  # walks to the serving counter with empty hands
+                continue
+            changed = env.state_dict()["world"] != before
+            if says and changed:  # walking to a thing at hand: it only loses what else was at hand
+                assert name == "virtualhome" and {**before, "near": 0} == {**env.state_dict()["world"], "near": 0}
+            else:
+                assert says != changed
+
+
 # --- what single states say ----------------------------------------------------------------------------------------------------
 
 def test_overcooked_says_what_is_pointless_and_where_things_are():
@@ -116,6 +141,7 @@ def test_grammar_of_other_nouns(food, appliance, goal, lies):
 
 def test_articles_before_vowels():
     assert prompts.a("onion") == "an onion" and prompts.a("tomato") == "a tomato" and prompts.a("apple pie") == "an apple pie"
+    assert prompts.a("unit") == "a unit" and prompts.a("hour") == "an hour"
     assert "an onion salad" in render({**OVERCOOKED, "recipe": ["onion"]})[0]
 
 
