@@ -131,6 +131,8 @@ def reason(name, error, options):
         return "it asks to run code of its own, which is never done here; choose a model that transformers itself implements"
     if not os.path.isdir(name) and options["local_files_only"]:
         return "there is no such folder, the local cache has no such model, and the hub is not reachable"
+    if "model.safetensors" in text:
+        return "it has no weights in safetensors, and pickles are not read; convert them where you trust them"
     if "backend tokenizer" in text:
         return "its tokenizer is missing, or cannot be read without sentencepiece or tiktoken"
     if "Unrecognized configuration class" in text:
