@@ -174,7 +174,8 @@ def virtualhome(state):
         goal = "watch the TV on the sofa with the chips and the milk"
     far = [called(role) for role in visible if role not in close and role not in placed]
     near = [called(role) for role in close if role not in placed]
-    lying = [f"The {name(item)} {is_are(name(item))} {'in' if place == 'appliance' else 'on'} {plain(place)}." for item, place in placed.items()]
+    lying = [f"The {name(item)} {is_are(name(item))} {'in' if place == 'appliance' else 'on'} {plain(place)}."
+             for item, place in placed.items()]
     prompt = sentences(
         f"You want to {goal}.",
         f"You are in {the(state['room'])}.",

@@ -276,17 +276,18 @@ def storing(rng, tell):
     return goal, facts, steps, [the(n) for n in [x, box, room] + other]
 
 
-USES = {"radio": "listen to", "stereo": "listen to", "record player": "listen to", "projector": "watch", "screen": "watch", "video player": "watch",
-        "piano": "play", "music box": "listen to", "lamp": "read by", "lantern": "read by", "fan": "cool down by", "heater": "warm up by", "monitor": "watch"}
+USES = {"radio": "listen to", "stereo": "listen to", "record player": "listen to", "projector": "watch", "screen": "watch",
+        "video player": "watch", "piano": "play", "music box": "listen to", "lamp": "read by", "lantern": "read by",
+        "fan": "cool down by", "heater": "warm up by", "monitor": "watch"}
 
 
 def evening(rng, tell):
-    """Fetch one or two things, switch a device on, sit down: one or two of these three as a goal, never all three; one moment of it."""
+    """Fetch one or two things, switch a device on, sit down: one or two of these three as a goal, never all; one moment of it."""
     items = some(rng, SNACKS if rng.random() < 0.7 else THINGS, rng.choice((0, 1, 1, 2, 2, 2)))
     device = some(rng, DEVICES)[0] if rng.random() < 0.6 or not items else None
     seat = some(rng, SEATS)[0] if rng.random() < (0.7 if not (items and device) else 0) else None
     surface = some(rng, SURFACES)[0]
-    distractors = [noun for noun in some(rng, SEATS + DEVICES + SURFACES, rng.choice((0, 0, 1, 2))) if noun not in (device, seat, surface)]
+    distractors = some(rng, SEATS + DEVICES + SURFACES, rng.choice((0, 0, 1, 2)))
     source = "kitchen" if rng.random() < 0.6 else rng.choice(ROOMS)
     target = next((r for r, things in USUAL_ROOM.items() if device in things or (not device and seat in things)), rng.choice(ROOMS))
     if target == source:
@@ -370,7 +371,8 @@ def chores(rng, tell):
     nouns = [x, tool]
     if kind == "off":
         device = some(rng, DEVICES)[0]
-        goal = rng.choice(["go to sleep", f"save power and stop {the(device)}", "leave the house", f"have {the(device)} off", "have some quiet"])
+        goal = rng.choice(["go to sleep", f"save power and stop {the(device)}", "leave the house", f"have {the(device)} off",
+                           "have some quiet"])
         extra = [f"The {device} is on."]
         near = rng.random() < 0.6
         at, seen = ([the(device)], []) if near else ([], [the(device)])
@@ -426,8 +428,8 @@ def chores(rng, tell):
         goal = rng.choice([f"look around {the(other)}", f"be in {the(other)}", f"clean {the(other)}", f"meet a friend in {the(other)}"])
         seen, steps, nouns = [the(x)], [f"{rng.choice(ENTER)} {the(other)}"], [x, other]
     rng.shuffle(seen)
-    facts = [tell.say("room", room) if rng.random() < 0.7 else "", tell.say("sees", seen), tell.say("at", at), *extra, tell.say("holds", held)]
-    return goal, facts, steps, [the(n) for n in nouns]
+    where = tell.say("room", room) if rng.random() < 0.7 else ""
+    return goal, [where, tell.say("sees", seen), tell.say("at", at), *extra, tell.say("holds", held)], steps, [the(n) for n in nouns]
 
 
 def fact(rng):

@@ -107,7 +107,8 @@ def test_it_knows_everyday_steps():
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
         return -model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
 
-    for held, better, worse in (("nothing", "open the drawer", "put the spoon in the drawer"), ("the spoon", "put the spoon in the drawer", "grab the spoon")):
+    for held, better, worse in (("nothing", "open the drawer", "put the spoon in the drawer"),
+                                ("the spoon", "put the spoon in the drawer", "grab the spoon")):
         place = "open" if held == "the spoon" else "closed"
         prompt = f"You want to keep the spoon in the drawer. You are at the {place} drawer. You hold {held}. Your next step is to"
         assert score(f"{prompt} {better}") > score(f"{prompt} {worse}")
