@@ -64,7 +64,7 @@ class Corridor:
         return self.observe(), {}
 
 
-SMALL = ppo.Config(steps=4096, num_envs=4, rollout_steps=32, minibatch=32, policy_lr=3e-3, critic_lr=3e-3, gamma=0.9)
+SMALL = ppo.Config(steps=4096, num_envs=4, rollout_steps=32, epochs=1, minibatch=32, policy_lr=3e-3, critic_lr=3e-3, gamma=0.9, entropy=0.01)
 
 
 def test_gae_is_the_plain_sum():
@@ -149,7 +149,7 @@ def test_learns_the_corridor():
 
 def test_an_mlp_learns_overcooked_with_the_same_code():
     make_env = lambda: envs.make("overcooked", task="tomato-salad")
-    config = ppo.Config(steps=6144, rollout_steps=128, minibatch=128, epochs=4)
+    config = ppo.Config(steps=6144, num_envs=4, rollout_steps=128, minibatch=128, epochs=4, policy_lr=1e-3)
     env = make_env()
     agent = MLP(len(env.feature_names), len(env.action_names))
     before = ppo.evaluate(make_env, agent, 30, seed=9, gamma=0.99)["returns"].mean()
@@ -224,8 +224,8 @@ def test_evaluation_does_not_favour_short_episodes():
 
 
 @pytest.mark.parametrize("change, word", [
-    (dict(minibatch=48), "divide"), (dict(gradient_accumulation=5), "divide"), (dict(steps=0), "at least 1"),
-    (dict(num_envs=-1), "at least 1"), (dict(steps=100), "rollout"), (dict(gamma=1.5), "between"), (dict(policy_lr=0.0), "positive"),
+    (dict(minibatch=48), "divide"), (dict(gradient_accumulation=5), "divide"), (dict(steps=0), "between 1 and"),
+    (dict(num_envs=-1), "between 1 and"), (dict(steps=100), "rollout"), (dict(gamma=1.5), "between"), (dict(policy_lr=0.0), "positive"),
     (dict(policy_lr=float("nan")), "positive"), (dict(entropy=-1.0), "0 or")])
 def test_impossible_settings_are_one_line(change, word):
     with pytest.raises(ppo.ConfigError, match=word) as error:
