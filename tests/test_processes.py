@@ -1,0 +1,73 @@
+"""Several processes against one: the same result, one writer, and an end for all when one dies. On CPUs, through gloo."""
+import csv
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import safetensors.torch
+import torch
+
+import runs
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SMALL = "--num-envs 4 --rollout-steps 16 --minibatch 32 --epochs 1 --checkpoint-every 1 --seed 7".split()
+
+
+def start(processes, folder, *flags):
+    """Start twosome.py as so many processes, as torchrun starts them: by environment variables. Returns their Popens."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    common = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if processes > 1:
+        common.update(WORLD_SIZE=str(processes), MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    return [subprocess.Popen([sys.executable, os.path.join(ROOT, "twosome.py"), *SMALL, "--device", "cpu", "--out", str(folder), *flags],
+                             env={**common, **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {})}, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in range(processes)]
+
+
+def finish(started):
+    """Wait for all: [(exit code, standard output, standard error)]."""
+    said = [process.communicate(timeout=120) for process in started]
+    return [(process.returncode, *texts) for process, texts in zip(started, said)]
+
+
+def test_two_processes_give_the_result_of_one(tmp_path):
+    """The same environments, minibatches and sums, in another order of addition: equal within float32's rounding."""
+    alone, together = start(1, tmp_path / "one", "--steps", "192"), start(2, tmp_path / "two", "--steps", "192")
+    (code, out, _), *both = finish(alone + together)
+    assert code == 0 and [code for code, _, _ in both] == [0, 0]
+    assert out.count("final evaluation") == both[0][1].count("final evaluation") == 1
+    assert both[1][1:] == ("", "")  # the second says nothing
+    for name in ("adapter_model", "critic"):
+        one, two = (safetensors.torch.load_file(runs.find(str(tmp_path / folder)) + f"/{name}.safetensors") for folder in ("one", "two"))
+        assert one.keys() == two.keys()
+        assert any(tensor.abs().max() > 1e-4 for key, tensor in one.items() if "lora_B" in key or name == "critic")  # it has learnt
+        for key in one:
+            torch.testing.assert_close(one[key], two[key], rtol=1e-4, atol=2e-5)
+    rows = [list(csv.DictReader(open(tmp_path / folder / "metrics.csv"))) for folder in ("one", "two")]
+    assert len(rows[0]) == len(rows[1]) == 3
+    assert [row["episodes"] for row in rows[0]] == [row["episodes"] for row in rows[1]]
+
+
+def test_a_killed_process_ends_the_other_in_one_line_with_a_whole_checkpoint(tmp_path):
+    folder = tmp_path / "run"
+    first, second = started = start(2, folder, "--steps", "64000")
+    until = time.time() + 60
+    while time.time() < until and not (folder / "checkpoint-1").exists():
+        time.sleep(0.05)
+    second.send_signal(signal.SIGKILL)
+    (code, _, error), (killed, _, _) = finish(started)
+    line = [line for line in error.replace("\r", "\n").splitlines() if line.startswith("twosome.py:")]
+    assert code == 1 and killed == -signal.SIGKILL
+    assert len(line) == 1 and "another process has ended" in line[0] and f"--resume {folder}" in line[0] and "Traceback" not in error
+    assert json.load(open(os.path.join(runs.find(str(folder)), "state.json")))["trainer"]["updates"] >= 1
+
+
+def test_processes_that_do_not_divide_the_environments_are_told_once(tmp_path):
+    (code, _, first), (_, _, second) = finish(start(2, tmp_path / "run", "--num-envs", "3", "--rollout-steps", "32"))
+    assert code == 2 and "3 environments cannot be split over 2 processes" in first
