@@ -88,10 +88,11 @@ def read_bytes(path, limit=MAX_BYTES):
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     except (OSError, ValueError):
         raise RunError(f"{os.path.basename(path)} is " + ("a link, which is not followed" if os.path.islink(path) else "missing or cannot be read")) from None
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
+        os.close(handle)
+        raise RunError(f"{os.path.basename(path)} is not a file of a run's kind or size")
     with open(handle, "rb") as file:
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
-            raise RunError(f"{os.path.basename(path)} is not a file of a run's kind or size")
         return file.read()
 
 
@@ -186,12 +187,12 @@ def read_tensors(path, like, groups=False):
 # What a checkpoint is made of, beside the agent's own files
 
 def fingerprint(named_tensors):
-    """A SHA-256 of tensors' names, shapes, types and up to 64 values of each: cheap for any size, and no two models share it."""
-    digest = hashlib.sha256()
+    """A SHA-256 of tensors' names, shapes, types and bits, which go in as a few samples and an exact sum: one quick pass anywhere."""
+    digest, integers = hashlib.sha256(), {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     for name, tensor in named_tensors:
-        flat = tensor.detach().flatten()
-        few = flat[::max(1, len(flat) // 64)][:64].cpu().contiguous()
-        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode() + few.view(torch.uint8).numpy().tobytes())
+        bits = tensor.detach().contiguous().view(-1).view(integers[tensor.element_size()])
+        few = [*bits[::max(1, len(bits) // 64)].tolist(), bits.sum(dtype=torch.int64).item()]  # integers: no order of summation matters
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype} {few}".encode())
     return digest.hexdigest()
 
 
@@ -229,6 +230,8 @@ def set_random_states(states):
     random.setstate((version, tuple(keys), gauss))
     np.random.set_state(tuple(states["numpy"]))
     torch.set_rng_state(torch.tensor(list(bytes.fromhex(states["torch"])), dtype=torch.uint8))
+    if type(gauss) not in (type(None), float) or to_json(random_states()) != to_json(states):  # setstate takes more than it should
+        raise ValueError("not the states of random generators")
 
 
 def surroundings():
@@ -240,6 +243,9 @@ def surroundings():
 def sums(folder):
     """The text of SHA256SUMS for a checkpoint's folder as it stands."""
     names = sorted(name for name in os.listdir(folder) if name != "SHA256SUMS")
+    for name in names:
+        if not re.fullmatch(r"\w{1,60}\.(json|csv|safetensors)", name, re.ASCII):
+            raise RunError(f"{ascii(name[:60])} does not belong there")
     return "".join(f"{hashlib.sha256(read_bytes(os.path.join(folder, name))).hexdigest()}  {name}\n" for name in names)
 
 

@@ -1,6 +1,6 @@
 """Kill a training run with SIGKILL at random moments, resume it, and compare it with one that was never interrupted.
 
-  python experiments/kill_campaign.py                              # 60 kills of `python twosome.py --env overcooked`, about 15 minutes
+  python experiments/kill_campaign.py                              # 60 kills of `python twosome.py --env overcooked`, about 20 minutes
   python experiments/kill_campaign.py --kills 300 --fork           # children of one process that has imported everything: quicker
 
 A run is killed one to four times before it may finish: at any moment after its start, within a chosen update, while a
@@ -251,11 +251,13 @@ def campaign(runner, argv, kills, seed, parent, say=print):
                 except AssertionError as error:
                     figures["torn_metrics"] += 1
                     say(f"{folder}: {error}")
-        if problem is None and trace(folder) != wanted:
+        found = {} if problem else trace(folder)
+        odd = [name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)]
+        if found and odd:
             problem = "differing"
         if problem:
             figures[problem] += 1
-            say(f"{folder}: {problem} after {planned}: {outputs[-1][-500:]}")
+            say(f"{folder}: {problem} in {odd} after {planned}: {outputs[-1][-500:]}")
         else:
             shutil.rmtree(folder)
         figures["tracebacks"] += sum("Traceback" in output for output in outputs)
@@ -275,7 +277,7 @@ def main():
     if options.serve:
         return serve()
     runner = Fork() if options.fork else Command()
-    argv = ["--env", "overcooked", "--steps", "3072", "--checkpoint-every", "4"]
+    argv = ["--env", "overcooked", "--steps", "1536", "--checkpoint-every", "4"]
     with tempfile.TemporaryDirectory() as parent:
         figures = campaign(runner, argv, options.kills, options.seed, parent)
     runner.close()
