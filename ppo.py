@@ -131,6 +131,9 @@ class Config:
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
+        if self.num_envs % (world := processes()[1]):
+            raise ConfigError(f"{self.num_envs} environments cannot be split over {world} processes; use a multiple, such as"
+                              f" --num-envs {-(-self.num_envs // world) * world}")
         batch = self.num_envs * self.rollout_steps
         if batch > 10 ** 6:
             raise ConfigError(f"a rollout of num_envs x rollout_steps = {batch} samples is beyond a million; lower --num-envs or --rollout-steps")
@@ -220,9 +223,6 @@ class PPO:
     def __init__(self, make_env, agent, config, seed=0):
         config.validate()
         self.agent, self.config, (self.rank, self.world) = agent, config, processes()
-        if config.num_envs % self.world:
-            raise ConfigError(f"{config.num_envs} environments cannot be split over {self.world} processes; use a multiple, such as"
-                              f" --num-envs {-(-config.num_envs // self.world) * self.world}")
         share = config.num_envs // self.world
         mine = range(self.rank * share, (self.rank + 1) * share)
         self.envs = [make_env() for _ in mine]
@@ -368,7 +368,7 @@ class PPO:
                     continue
                 try:
                     scores = self.agent.log_probs([rollout.items[i] for i in part])
-                except NonFiniteError:  # an agent may refuse such logits itself; told through the sum, every process skips this step
+                except ArithmeticError:  # an agent may refuse such logits itself; told through the sum, every process skips this step
                     sums += float("nan")
                     continue
                 scores = torch.nn.utils.rnn.pad_sequence(scores, batch_first=True, padding_value=-1e9)  # [B, A]: 0 in probability

@@ -8,9 +8,11 @@ import subprocess
 import sys
 import time
 
+import pytest
 import safetensors.torch
 import torch
 
+import ppo
 import runs
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -68,6 +70,7 @@ def test_a_killed_process_ends_the_other_in_one_line_with_a_whole_checkpoint(tmp
     assert json.load(open(os.path.join(runs.find(str(folder)), "state.json")))["trainer"]["updates"] >= 1
 
 
-def test_processes_that_do_not_divide_the_environments_are_told_once(tmp_path):
-    (code, _, first), (_, _, second) = finish(start(2, tmp_path / "run", "--num-envs", "3", "--rollout-steps", "32"))
-    assert code == 2 and "3 environments cannot be split over 2 processes" in first
+def test_processes_that_do_not_divide_the_environments_are_told(monkeypatch):
+    monkeypatch.setattr(ppo, "processes", lambda: (0, 3))
+    with pytest.raises(ppo.ConfigError, match="4 environments cannot be split over 3 processes; use a multiple, such as --num-envs 6"):
+        ppo.Config(num_envs=4).validate()
