@@ -4,8 +4,8 @@ Paper: Tan et al., "True Knowledge Comes from Practice: Aligning LLMs with Embod
 Learning", ICLR 2024 (arXiv 2401.14151). Each concept is one module that can be copied alone:
 
   paper                                              here
-  4.1  an action's probability from its phrase       tokenize, score_actions_naive (the definition), score_actions (fast)
-  4.2  action prompt normalisation                   normalize
+  4.1  an action's probability from its phrase       scoring.py: score_actions_naive (the definition), score_actions (fast)
+  4.2  action prompt normalisation                   scoring.py: normalize
   4.3  actor (LoRA) and critic on one frozen LLM     Agent; PPO itself in ppo.py
   4.4  prompt design                                 prompts.py
   5    Overcooked and the VirtualHome-style home     envs.py
@@ -13,21 +13,15 @@ Learning", ICLR 2024 (arXiv 2401.14151). Each concept is one module that can be 
   python twosome.py --env overcooked                               # learn the tomato salad, about a minute on two cores
   python twosome.py --env overcooked --task tomato-lettuce-salad
   python twosome.py --help                                         # every setting, with its default
-
-Axes, named once: B prompts, A actions (phrases of one prompt), S sequence (prompt and trie), P parents, H hidden, V vocabulary.
 """
 import argparse
 import contextlib
 import dataclasses
 import functools
-import inspect
 import os
 import random
 import sys
 import time
-import warnings
-import weakref
-from typing import NamedTuple
 
 import numpy as np
 import peft
@@ -38,302 +32,7 @@ import models
 import ppo
 import prompts as prompting
 import runs
-
-NORMALIZATIONS = ("sum", "token", "word")
-
-
-class ScoringError(ValueError):
-    """Prompt and phrases cannot be scored; the message is one line that says what would be right."""
-
-
-class NonFiniteScores(ScoringError, ppo.NonFiniteError):
-    """The model's log-probabilities are NaN or infinite; ppo.py leaves out the step where it meets them."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Section 4.1: the probability of an action is the joint probability of its phrase's tokens
-
-def encode(tokenizer, texts):
-    """Token ids of each text with the tokenizer's own opening token (BOS), without a closing one. list[list[int]]."""
-    for text in texts:
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise ScoringError(f"the text {ascii(text[:40])} holds half a surrogate pair, which is no character")
-    return [row[:-1] if len(row) > 1 and row[-1] == tokenizer.eos_token_id else row for row in tokenizer(texts)["input_ids"]]
-
-
-@functools.lru_cache(maxsize=16_384)  # a prompt met again is not tokenised again
-def tokenize(tokenizer, prompt, phrases):
-    """Token ids of a prompt and of each phrase after it: (prompt_ids, [phrase_ids, ...]), tuples of int.
-
-    Prompt + " " + phrase is encoded as one text, as the LLM would meet it, and cut where the prompt's own tokens end: the space
-    belongs to the phrase's first token. Where a tokenizer merges across that seam, the cut moves left to the last token that
-    the prompt alone and all its joint encodings share. Every phrase is then scored from there: still the probability of its
-    tokens given one common past, so still proper. phrases is a tuple of str.
-    """
-    if not phrases:
-        raise ScoringError("there are no actions to score; give at least one phrase")
-    if any(not phrase.strip() for phrase in phrases):
-        raise ScoringError("an action's phrase is empty; give it at least one word")
-    alone, *joint = encode(tokenizer, [prompt] + [f"{prompt} {phrase}" for phrase in phrases])
-    cut = len(alone)
-    while cut and any(ids[:cut] != alone[:cut] for ids in joint):
-        cut -= 1
-    if not cut:
-        raise ScoringError(f"the prompt {prompt[:40]!r} leaves no token to condition on; give it at least one word before the action")
-    tails = [tuple(ids[cut:]) for ids in joint]
-    for k, tail in enumerate(tails):
-        if not tail:
-            raise ScoringError(f"the phrase {phrases[k]!r} has no tokens of its own after the prompt")
-        if tail in tails[:k]:
-            raise ScoringError(f"the phrases {phrases[tails.index(tail)]!r} and {phrases[k]!r} have the same tokens; actions need phrases that differ")
-    return tuple(alone[:cut]), tails
-
-
-def normalize(joint, token_counts, word_counts, normalization="word"):
-    """Section 4.2: the policy log pi(a_k | d) from joint log-probabilities, float32 [A] -> [A].
-
-    "sum" leaves log P(a_k | d) as the logit, "token" divides it by the phrase's tokens N_k, "word" by its words W_k (the
-    paper's choice: it neither favours short phrases nor rewards words that are cut into many near-certain tokens).
-    """
-    if normalization not in NORMALIZATIONS:
-        raise ScoringError(f"unknown normalisation {normalization!r}; choose one of {', '.join(NORMALIZATIONS)}")
-    lengths = {"sum": None, "token": token_counts, "word": word_counts}[normalization]
-    logits = joint if lengths is None else joint / joint.new_tensor(lengths)
-    return logits.log_softmax(dim=-1)  # pi = softmax over the admissible actions
-
-
-def _policy(joints, tokenizer, prompts, phrases, normalization):
-    """Normalise each prompt's joint log-probabilities."""
-    policies = []
-    for joint, prompt, actions in zip(joints, prompts, phrases, strict=True):
-        tails = tokenize(tokenizer, prompt, tuple(actions))[1]
-        policies.append(normalize(joint, [len(tail) for tail in tails], [len(phrase.split()) for phrase in actions], normalization))
-    return policies
-
-
-def score_actions_naive(model, tokenizer, prompts, phrases, normalization="word"):
-    """The definition: log P(a_k | d) = sum_i log P_LM(w_i | d, w_1 ... w_{i-1}), one full sequence an action.
-
-    model and tokenizer are a causal LM and its tokenizer; prompts is list[str]; phrases is list[list[str]], the admissible actions
-    of each prompt. Returns a list of float32 tensors [A] of log-probabilities over each prompt's actions.
-    """
-    joints = []
-    for prompt, actions in zip(prompts, phrases, strict=True):
-        prompt_ids, tails = tokenize(tokenizer, prompt, tuple(actions))
-        joint = []
-        for tail in tails:
-            ids = torch.tensor([prompt_ids + tail], device=model.device)  # [1, S]
-            log_probs = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)[0]  # [S, V]
-            positions = range(len(prompt_ids) - 1, len(prompt_ids) + len(tail) - 1)  # position i predicts token i + 1
-            joint.append(sum(log_probs[i, token] for i, token in zip(positions, tail)))
-        joints.append(torch.stack(joint))
-    return _policy(joints, tokenizer, prompts, phrases, normalization)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The same, fast: the phrases of a prompt become a trie of tokens, packed behind the prompt into one sequence
-
-class Tree(NamedTuple):
-    """One prompt and its phrases as one sequence of S tokens: the prompt, then the trie's inner nodes in depth-first order.
-
-    A phrase's last token is only predicted, never read, so leaves need no place in the sequence. An edge is a distinct phrase
-    token: predicted at its parent's column, shared by every phrase that starts the same way.
-    """
-    ids: torch.Tensor        # [S] token ids
-    positions: torch.Tensor  # [S] position ids: depth, so siblings share one
-    prompt: int              # length of the prompt; columns from here on are trie nodes
-    visible: torch.Tensor    # bool [S - prompt, S - prompt]: which trie nodes a trie node sees (itself and its ancestors)
-    parents: torch.Tensor    # [P] columns whose logits are needed, ascending
-    edges: torch.Tensor      # [E, 2] each edge's parent, as an index into parents, and token
-    paths: torch.Tensor      # [A, T] the edges each phrase's tokens walk; E where the phrase is over
-    tails: tuple             # each phrase's token ids
-
-
-def build_tree(prompt_ids, tails):
-    """The Tree of a prompt's token ids (a tuple) and of each phrase's (tuples that differ)."""
-    start = len(prompt_ids)
-    inner = sorted({tail[:i] for tail in tails for i in range(1, len(tail))})  # sorted: depth first, parents before children
-    column = {(): start - 1, **{node: start + i for i, node in enumerate(inner)}}
-    edges = sorted({tail[:i] for tail in tails for i in range(1, len(tail) + 1)}, key=lambda edge: (column[edge[:-1]], edge))
-    parents = sorted({column[edge[:-1]] for edge in edges})
-    number, row = {edge: i for i, edge in enumerate(edges)}, {parent: i for i, parent in enumerate(parents)}
-    longest = max(map(len, tails))
-    return Tree(torch.tensor([*prompt_ids, *(node[-1] for node in inner)]),
-                torch.tensor([*range(start), *(start + len(node) - 1 for node in inner)]), start,
-                torch.tensor([[node[:len(other)] == other for other in inner] for node in inner], dtype=torch.bool).view(len(inner), len(inner)),
-                torch.tensor(parents), torch.tensor([(row[column[edge[:-1]]], edge[-1]) for edge in edges]),
-                torch.tensor([[number[tail[:i]] if i <= len(tail) else len(edges) for i in range(1, longest + 1)] for tail in tails]), tuple(tails))
-
-
-@functools.lru_cache(maxsize=8_192)
-def pack(tokenizer, prompt, phrases):
-    """The Tree of a prompt (str) and its phrases (a tuple of str)."""
-    return build_tree(*tokenize(tokenizer, prompt, phrases))
-
-
-@functools.lru_cache(maxsize=64)
-def _takes(kind):
-    """The names of the arguments that a class of models takes."""
-    return frozenset(inspect.signature(kind.forward).parameters)
-
-
-def _logits(model, keep, **inputs):
-    """Float32 logits [kept, V] where the bool mask keep [B, S] is set: the vocabulary projection runs there alone."""
-    if "logits_to_keep" in _takes(type(_plain(model))):
-        return model(**inputs, use_cache=False, logits_to_keep=keep).logits.float()
-    return model(**inputs, use_cache=False).logits[keep].float()
-
-
-def _forward_trees(model, trees, layout):
-    """Joint log-probabilities of every phrase of B trees in one forward: a list of float32 [A]."""
-    device, dtype, longest = model.device, model.dtype, max(len(tree.ids) for tree in trees)
-    ids, positions = (torch.nn.utils.rnn.pad_sequence([getattr(tree, name) for tree in trees], batch_first=True).to(device)
-                      for name in ("ids", "positions"))  # [B, S]; id 0 is a token like any other: no real token sees a pad
-    # Columns stand in depth-first order, so the causal triangle already shows every node the whole prompt and hides all
-    # pads; only among the trie's nodes does it show too much.
-    allowed = torch.ones(longest, longest, dtype=torch.bool).tril().repeat(len(trees), 1, 1)  # [B, S, S]
-    keep = torch.zeros(len(trees), longest, dtype=torch.bool)
-    for b, tree in enumerate(trees):
-        allowed[b, tree.prompt:len(tree.ids), tree.prompt:len(tree.ids)] = tree.visible
-        keep[b, tree.parents] = True
-    allowed = allowed.to(device)
-
-    def additive(mask):  # a bool mask is silently wrong under eager attention: hand over what is added to the scores
-        return torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(~mask, torch.finfo(dtype).min)[:, None]
-
-    mask = {kind: additive(allowed if window is None else allowed & (positions[:, :, None] - positions[:, None, :] < window))
-            for kind, window in layout.items()}
-    logits = _logits(model, keep.to(device), input_ids=ids, position_ids=positions, attention_mask=mask.get("single", mask))
-    offsets = np.cumsum([0] + [len(tree.parents) for tree in trees])
-    rows = torch.cat([tree.edges[:, 0] + offset for tree, offset in zip(trees, offsets)]).to(device)
-    tokens = torch.cat([tree.edges[:, 1] for tree in trees]).to(device)
-    edges = logits[rows, tokens] - logits.logsumexp(-1)[rows]  # log P of each distinct phrase token
-    return [torch.nn.functional.pad(part, (0, 1))[tree.paths.to(device)].sum(-1)  # the 0 behind them stands where a phrase is over
-            for tree, part in zip(trees, edges.split([len(tree.edges) for tree in trees]))]
-
-
-def _forward_rows(model, trees):
-    """The same by the exact fallback, for models that cannot take a tree's mask: one ordinary right-padded row a phrase."""
-    rows = [(tree.ids[:tree.prompt], torch.tensor(tail)) for tree in trees for tail in tree.tails]
-    pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-    ids = pad([torch.cat([prompt, tail[:-1]]) for prompt, tail in rows]).to(model.device)
-    mask = pad([torch.ones(len(prompt) + len(tail) - 1, dtype=torch.long) for prompt, tail in rows]).to(model.device)
-    keep = pad([torch.arange(1, len(prompt) + len(tail)) >= len(prompt) for prompt, tail in rows]).to(model.device)
-    logits = _logits(model, keep, input_ids=ids, attention_mask=mask)  # [tokens of all phrases, V]
-    log_probs = logits.gather(1, torch.cat([tail for _, tail in rows]).to(model.device)[:, None])[:, 0] - logits.logsumexp(-1)
-    joint = torch.stack([part.sum() for part in log_probs.split([len(tail) for _, tail in rows])])
-    return joint.split([len(tree.tails) for tree in trees])
-
-
-def mask_layout(model):
-    """How this architecture takes a tree's mask: {kind of layer: sliding window or None}, or a str saying why it cannot.
-
-    A custom 4-D mask replaces the model's own, a sliding window included, so the window has to be put back in here.
-    """
-    config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if getattr(config, "alibi", False) or "position_ids" not in _takes(type(_plain(model))):
-        return "it reads positions off the columns (ALiBi, or a recurrence)"
-    if config._attn_implementation not in ("sdpa", "eager"):
-        return f"{config._attn_implementation} attention takes no custom mask"
-    if not kinds <= {"full_attention", "sliding_attention"}:
-        return f"it has layers of other kinds ({', '.join(sorted(kinds - {'full_attention', 'sliding_attention'}))})"
-    if "sliding_attention" in kinds:
-        return {"full_attention": None, "sliding_attention": window}
-    return {"single": window if not kinds else None}
-
-
-def _plain(model):
-    """The transformers model inside a peft model, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-_layouts = weakref.WeakKeyDictionary()  # model -> (mask layout, or None where rows are used; prompt and nodes it was checked for)
-
-
-def _layout(model, trees):
-    """The model's mask layout, or None where rows are used. No architecture is trusted before it has scored an invented tree as
-    rows score it, at least as large as these are: so a window shows that the configuration does not tell."""
-    layout, *checked = _layouts.get(_plain(model)) or (mask_layout(model), 0, 0)
-    size = max(tree.prompt for tree in trees), max(len(tree.ids) - tree.prompt for tree in trees)
-    if isinstance(layout, dict) and (size[0] > checked[0] or size[1] > checked[1]):
-        checked = [-(-max(pair) // 64) * 64 for pair in zip(size, checked)]  # rounded up, so that it is seldom repeated
-        layout = _self_check(model, layout, *checked) or layout
-    if isinstance(layout, str):
-        warnings.warn(f"{type(_plain(model)).__name__}: scoring one row a phrase (exact, slower): {layout}")
-        layout = None
-    _layouts[_plain(model)] = (layout, *checked)
-    return layout
-
-
-@torch.no_grad()
-def _self_check(model, layout, prompt, nodes):
-    """Score one invented tree as a tree and as rows. Returns None where they agree, else a str saying what went wrong."""
-    depth = nodes // 3 + 2
-    tokens = tuple((torch.arange(3 * depth + prompt) * 7919 % model.get_input_embeddings().weight.shape[0]).tolist())
-    a, b, c = (tokens[i * depth:(i + 1) * depth] for i in range(3))
-    tree = build_tree(tokens[3 * depth:][:min(prompt, context(model) - depth)], [a, a[:2] + b[2:], c])  # two share a beginning
-    try:
-        fast, exact = _forward_trees(model, [tree], layout)[0], _forward_rows(model, [tree])[0]
-    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        return f"{type(error).__name__} on a tree mask"
-    gap = ((fast - exact).abs().mean() / depth).item()
-    # Half precision and 8 bits round a token's log-probability by some hundredths of a nat; a wrong mask is off by more.
-    bound = 1e-4 if model.dtype == torch.float32 and not hasattr(model.config, "quantization_config") else 0.1
-    return None if gap < bound or not torch.isfinite(exact).all() else f"the tree's scores were {gap:.2g} nats a token off"
-
-
-def context(model):
-    """The number of tokens the model's context holds; 2 ** 40 where it has no bound."""
-    config = model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    limits = [getattr(config, "max_position_embeddings", None)]
-    if rope.get("rope_type") == "longrope":  # beyond this, a text's rotations depend on the longest text of its batch
-        limits.append(rope.get("original_max_position_embeddings"))
-    return min((limit for limit in limits if limit), default=2 ** 40)
-
-
-def joint_log_probs(model, tokenizer, prompts, phrases, batch=64):
-    """log P(a_k | d) of every phrase of each prompt: a list of float32 [A]; equal prompts are computed once. Raises ScoringError."""
-    keys = [(prompt, tuple(actions)) for prompt, actions in zip(prompts, phrases, strict=True)]
-    distinct, limit = {key: pack(tokenizer, *key) for key in keys}, context(model)
-    for (prompt, _), tree in distinct.items():
-        longest = tree.prompt + tree.paths.shape[1] - 1
-        if longest > limit:
-            raise ScoringError(f"prompt and phrase have {longest} tokens, but the model's context holds {limit}; shorten {prompt[:40]!r} ...")
-    joints = []
-    for start in range(0, len(distinct), batch):
-        trees = list(distinct.values())[start:start + batch]
-        layout = _layout(model, trees)
-        joints += _forward_rows(model, trees) if layout is None else _forward_trees(model, trees, layout)
-    if joints and not torch.isfinite(torch.cat(joints)).all():
-        raise NonFiniteScores("the model gives log-probabilities that are not finite; check its weights, or use a wider --dtype")
-    joint = dict(zip(distinct, joints))
-    return [joint[key] for key in keys]
-
-
-def score_actions(model, tokenizer, prompts, phrases, normalization="word", batch=64):
-    """What runs: the same values and gradients as score_actions_naive, each distinct token computed once.
-
-    Arguments and result as there; `batch` distinct prompts go through the model at once. Raises ScoringError.
-    """
-    return _policy(joint_log_probs(model, tokenizer, prompts, phrases, batch), tokenizer, prompts, phrases, normalization)
-
-
-def token_report(model, tokenizer, phrases, prompt="Next, you should"):
-    """How a tokenizer and a model see phrases after a prompt, as a printable table: tokens, words, log-probabilities in nats."""
-    with torch.no_grad():
-        joint, = joint_log_probs(model, tokenizer, [prompt], [phrases])
-    lines = [f"after {prompt!r}", f"{'log P':>9} {'a token':>9} {'a word':>9}  tokens words  phrase"]
-    for phrase, tail, score in zip(phrases, tokenize(tokenizer, prompt, tuple(phrases))[1], joint.tolist()):
-        words = len(phrase.split())
-        lines.append(f"{score:9.3f} {score / len(tail):9.3f} {score / words:9.3f}  {len(tail):6} {words:5}  {phrase}:"
-                     f" {' | '.join(tokenizer.convert_ids_to_tokens(list(tail)))}")
-    return "\n".join(lines)
-
+from scoring import NORMALIZATIONS, ScoringError, encode, pack, plain, score_actions, token_report
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Section 4.3: actor and critic on one frozen LLM
@@ -404,7 +103,7 @@ class Agent:
         padded = torch.tensor([row + [0] * (longest - len(row)) for row in ids], device=self.model.device)
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids], device=self.model.device)
         with self.model.disable_adapter():
-            hidden = _plain(self.model).base_model(input_ids=padded, attention_mask=mask, use_cache=False).last_hidden_state
+            hidden = plain(self.model).base_model(input_ids=padded, attention_mask=mask, use_cache=False).last_hidden_state
         return hidden[torch.arange(len(ids)), mask.sum(1) - 1].float()  # never [:, -1]: that would be a pad
 
     def features(self, texts):
@@ -572,12 +271,14 @@ def train(config, run, agent, make_env, which="last"):
     from tqdm import tqdm
     start = time.perf_counter()
     trainer = ppo.PPO(make_env, agent, config, config.seed)
-    if run.resumed:
-        run.restore(agent, trainer, which)
+    for turn in (0, 1) if run.resumed else ():  # the first process puts newer checkpoints aside, then the others read
+        if turn == min(trainer.rank, 1):
+            run.restore(agent, trainer, which)
+        ppo.gather(None)
     print(f"{config.env}/{config.task}, {config.norm} normalisation, seed {config.seed} -> {run.folder}")
     print(agent.preflight(some_states(make_env(), agent), config.minibatch // config.gradient_accumulation)[1])
     total = trainer.total_updates * config.num_envs * config.rollout_steps
-    with tqdm(total=total, initial=trainer.steps, unit="step", dynamic_ncols=True) as bar, runs.Signals() as signals:
+    with tqdm(total=total, initial=trainer.steps, unit="step", dynamic_ncols=True, disable=trainer.rank > 0) as bar, runs.Signals() as signals:
         while trainer.updates < trainer.total_updates:
             before, began = trainer.steps, time.perf_counter()
             metrics = trainer.iterate()
@@ -585,12 +286,15 @@ def train(config, run, agent, make_env, which="last"):
             run.log({**metrics, "seconds": round(seconds, 3), "steps_per_second": round((trainer.steps - before) / seconds, 1)})
             bar.update(trainer.steps - before)
             bar.set_postfix_str(f"return {metrics['return']:.3f}, success {metrics['success']:.0%}", refresh=False)
-            if trainer.updates % config.checkpoint_every == 0 or trainer.updates == trainer.total_updates or signals.stop:
+            stop = any(ppo.gather(signals.stop))  # a signal reaches several processes at different moments: they stop together
+            if trainer.updates % config.checkpoint_every == 0 or trainer.updates == trainer.total_updates or stop:
                 run.checkpoint(agent, trainer)
-            if signals.stop:
+            if stop:
                 bar.close()
                 print(f"stopped after update {trainer.updates} of {trainer.total_updates}; go on with: python twosome.py --resume {run.folder}")
                 return signals.exit_code
+    if trainer.rank:
+        return 0  # the first process evaluates and reports
     best = make_env().best_return
     result = summarize(ppo.evaluate(make_env, agent, 100, EVALUATION_SEED, config.gamma))
     run.write("summary.json", {"env": config.env, "task": make_env().task, "model": config.model, "normalization": config.norm,
@@ -672,12 +376,40 @@ def arguments(argv):
     return config, modes, given
 
 
+class Follower(runs.Run):
+    """A run's folder as every process but the first sees it: it reads, writes nothing and holds no lock."""
+
+    def __init__(self, folder, resumed):
+        self.folder, self.resumed, self.table, self.lock = folder, resumed, b"", None
+
+    def write(self, name, content):
+        """Nothing: the first process writes."""
+
+    def log(self, metrics):
+        """Nothing."""
+
+
+def join_processes():
+    """Under torchrun or accelerate launch, meet the other processes: gradients travel by nccl between GPUs, by gloo between CPUs.
+    Returns this process's rank; only the first (0) prints and writes."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.distributed.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    rank = ppo.processes()[0]
+    if rank:
+        sys.stdout = open(os.devnull, "w")
+    return rank
+
+
 def main(argv=None):
     """The command. Returns the exit code: 0, 1 (the machine failed), 2 (bad input), 130 or 143 (stopped by a signal)."""
-    run = None
-    line = lambda error, hint: print("twosome.py: " + " ".join(str(error).split()) + (f"; {run.hint()}" if run and hint else ""), file=sys.stderr)
+    run, rank = None, join_processes()
+    line = lambda error, hint: None if rank and not run else print("twosome.py: " + " ".join(str(error).split()) + (f"; {run.hint()}" if run and hint else ""), file=sys.stderr)
     try:
         config, modes, given = arguments(argv)
+        if rank and (modes["tokens"] or modes["eval"] is not None):
+            return 0  # one process is enough for these
         if modes["tokens"]:
             print(token_report(*models.load(model_path(config.model), config.dtype, config.device, config.load_in), modes["tokens"]))
             return 0
@@ -687,12 +419,14 @@ def main(argv=None):
                 config.validate()
             return evaluate(modes["eval"], modes["tasks"] or [(config.env, config.task)], modes["episodes"], config)
         if modes["resume"] is not None:
-            run = runs.Run.open(modes["resume"])
-            config = runs.fill(Config, run.config)
+            config = runs.fill(Config, runs.read_config(modes["resume"]))
             config.validate()
+            run = None if rank else runs.Run.open(modes["resume"])
         agent, make_env = build(config)  # before a new folder is made: what cannot be built leaves none
-        if not run:
+        if not run and not rank:
             run = runs.Run.create(config.out or runs.free_name("runs", f"{config.task}-seed{config.seed}"), dataclasses.asdict(config))
+        folder, resumed = ppo.gather(run and (run.folder, run.resumed))[0]
+        run = run or Follower(folder, resumed)
         return train(config, run, agent, make_env, modes["from"])
     except (OSError, ArithmeticError) as error:  # before ERRORS: a NonFiniteScores is both
         line(error, hint=True)
@@ -700,6 +434,11 @@ def main(argv=None):
     except ERRORS as error:
         line(error, hint=False)  # the message says all
         return 2
+    except RuntimeError as error:
+        if ppo.processes()[1] == 1:
+            raise
+        line(f"another process has ended, so process {rank} ends too ({str(error).splitlines()[0][:100]})", hint=True)
+        return 1
     except KeyboardInterrupt:  # outside the training loop, which finishes its update first
         line("interrupted", hint=True)
         return 130

@@ -2,7 +2,7 @@
 
   python experiments/bench.py                   # every part and a whole PPO iteration, both ways -> results/bench.md, .json
   python experiments/bench.py --profile         # where the time of a default run goes            -> results/profile.json
-  python experiments/bench.py --cost-model      # how an iteration's cost grows, and with what    -> results/cost_model.png, .json
+  python experiments/bench.py --cost-model      # how an iteration's cost grows (cost_model.py)   -> results/cost_model.png, .json
   python experiments/bench.py --processes       # two processes against one                       -> results/processes.json
   python experiments/bench.py --shape 7b        # LLaMA-7B's shape in bfloat16, on a CUDA GPU      -> results/bench-7b.md, .json
 
@@ -17,8 +17,8 @@ Axes: B prompts, A actions, S tokens of a sequence, H hidden, V vocabulary, L la
 """
 import argparse
 import contextlib
-import copy
 import csv
+import dataclasses
 import json
 import os
 import platform
@@ -36,9 +36,11 @@ sys.path.insert(0, ROOT)
 import envs  # noqa: E402
 import models  # noqa: E402
 import ppo  # noqa: E402
+import scoring  # noqa: E402
 import twosome  # noqa: E402
 
 RESULTS = os.path.join(ROOT, "experiments", "results")
+PUBLISHED_SIZES = ppo.Config(num_envs=4, rollout_steps=32, minibatch=32, epochs=1)
 SHAPES = {  # random weights, made on the device; "" loads --model instead
     "7b": dict(),  # transformers' default LlamaConfig is LLaMA-7B's
     "tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, vocab_size=1024),
@@ -55,7 +57,7 @@ class Published(twosome.Agent):
         """One row an action, R = the sum of the prompts' A; logits of all positions, log-softmax over S x V of every row."""
         rows, starts = [], []
         for prompt, phrases in items:
-            ids, tails = twosome.tokenize.__wrapped__(self.tokenizer, prompt, phrases)  # past the memory: tokenised again
+            ids, tails = scoring.tokenize.__wrapped__(self.tokenizer, prompt, phrases)  # past the memory: tokenised again
             rows += [[*ids, *tail] for tail in tails]
             starts += [len(ids)] * len(tails)
         ids, mask = self.pad(rows)  # [R, S]
@@ -63,11 +65,11 @@ class Published(twosome.Agent):
         tokens = log_probs[:, :-1].gather(2, ids[:, 1:, None])[..., 0]  # [R, S - 1]: position i predicts token i + 1
         columns, start = torch.arange(1, ids.shape[1], device=ids.device), torch.tensor(starts, device=ids.device)[:, None]
         joint = (tokens * ((columns >= start) & mask[:, 1:].bool())).sum(1).split([len(phrases) for _, phrases in items])
-        return [twosome.normalize(row, None, [len(phrase.split()) for phrase in phrases], "word") for row, (_, phrases) in zip(joint, items)]
+        return [scoring.normalize(row, None, [len(phrase.split()) for phrase in phrases], "word") for row, (_, phrases) in zip(joint, items)]
 
     def values(self, items):
         """The whole LLM with the adapter off, for every item anew; then the MLP."""
-        ids, mask = self.pad(twosome.encode(self.tokenizer, [prompt for prompt, _ in items]))
+        ids, mask = self.pad(scoring.encode(self.tokenizer, [prompt for prompt, _ in items]))
         with torch.no_grad(), self.model.disable_adapter():
             hidden = self.model.get_base_model().base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state  # [B, S, H]
         return self.critic(hidden[torch.arange(len(ids)), mask.sum(1) - 1].float())[:, 0]
@@ -148,6 +150,13 @@ class Count:
         self.flops += (2 if torch.is_grad_enabled() else 1) * self.row * args[0].shape[:-1].numel()
 
 
+def cost(work, agent):
+    """(np.array([seconds, tokens, FLOPs]) of work(), what it returned). Counting takes two calls of Python a forward."""
+    with Count(agent) as count:
+        seconds, result = timed(work, agent.model.device)
+    return np.array([seconds, count.tokens, count.flops]), result
+
+
 class Clock:
     """Splits the time of a run by what is running: time inside a watched function that no other watched one accounts for."""
 
@@ -203,34 +212,41 @@ def watching():
 # The published way against ours
 
 class Timed(ppo.PPO):
-    """A PPO that keeps its last rollout and how long it took."""
+    """A PPO that keeps its last rollout, and what it cost."""
 
     def rollout(self):
-        self.rollout_seconds, self.last = timed(super().rollout, self.agent.model.device)
+        self.rollout_cost, self.last = cost(super().rollout, self.agent)
         return self.last
 
 
-def compare(agent, task, repeats):
+def compare(agent, task, repeats, defaults=True):
     """Time every part both ways, in turn, and print a row for each. Returns JSON-able facts."""
     device, old = agent.model.device, Published(agent)
     peak, make_env = matmul_peak(device, agent.model.dtype), lambda: envs.make("overcooked", task=task)
-    trainers = [Timed(make_env, agent, ppo.Config(), seed=1), Timed(make_env, old, ppo.Config(gradient_accumulation=8), seed=1)]
     weights = agent.policy_parameters() + agent.value_parameters()
-    start, metrics = [weight.detach().clone() for weight in weights], [[], []]
+    start, gaps = [weight.detach().clone() for weight in weights], {}
+    fours = lambda items: [items[i:i + 4] for i in range(0, len(items), 4)]  # a step of 4 environments; a published micro-batch
 
-    def iterate(which):
-        """One iteration from the untrained weights, for only so do both ways meet the same states: seconds of rollout and update."""
+    def trainers(config):
+        """Two trainers with the same settings, but for the published micro-batches of 4; no KL bound, so that no step is left out."""
+        config = dataclasses.replace(config, target_kl=0.0)
+        return [Timed(make_env, way, dataclasses.replace(config, gradient_accumulation=parts), seed=1)
+                for way, parts in ((agent, 1), (old, config.minibatch // 4))]
+
+    def iterate(trainer, partner):
+        """One iteration from the untrained weights, for only so do both ways meet the same states: its cost, its rollout's, its update's."""
         with torch.no_grad():
             for weight, value in zip(weights, start):
                 weight.copy_(value)
-        whole, measured = timed(trainers[which].iterate, device)
-        metrics[which].append(measured)
-        return [whole, trainers[which].rollout_seconds, whole - trainers[which].rollout_seconds]
+        whole, trainer.metrics = cost(trainer.iterate, agent)
+        if trainer.updates == partner.updates:  # both have done it: it must have come to the same
+            gaps.update({name: max(abs(trainer.metrics[name] - partner.metrics[name]), gaps.get(name, 0.0)) for name in ("policy_loss", "value_loss", "entropy", "kl")})
+        return [whole, trainer.rollout_cost, whole - trainer.rollout_cost]
 
-    iterate(0), iterate(1)  # warms both up, and meets the first prompts
-    met = trainers[0].last.items  # T x N, time first, as an untrained policy comes upon them
+    both = trainers(PUBLISHED_SIZES)
+    iterate(*both), iterate(*both[::-1])  # warms both up, and meets the first prompts
+    met = both[0].last.items  # T x N, time first, as an untrained policy comes upon them
     distinct = list(dict.fromkeys(met))[:32]
-    fours = lambda items: [items[i:i + 4] for i in range(0, len(items), 4)]  # a step of 4 environments; a published micro-batch
     minibatches = [met[i::4] for i in range(4)]
 
     def forward(way, batches):
@@ -261,29 +277,30 @@ def compare(agent, task, repeats):
         ("with gradient, the 4 minibatches of a rollout", lambda: backward(agent, minibatches), lambda: backward(old, fours(met))),
         ("critic, every prompt new", lambda: critic(agent, True), lambda: critic(old, True)),
         ("critic, prompts met before", lambda: critic(agent, False), lambda: critic(old, False)),
-        ("one PPO iteration", lambda: iterate(0), lambda: iterate(1)),
+        ("PPO iteration, published sizes", lambda: iterate(*both), lambda: iterate(*both[::-1])),
     ]
+    if defaults:
+        config = twosome.arguments(["--env", "overcooked", "--task", task])[0]
+        mine = trainers(config)
+        parts.append((f"PPO iteration, defaults ({config.num_envs} x {config.rollout_steps}, minibatch {config.minibatch}, epochs {config.epochs})",
+                      lambda: iterate(*mine), lambda: iterate(*mine[::-1])))
     rows = []
     for name, *ways in parts:
-        counts, memory = [], []
-        for way in ways:  # counted outside the timing, which this warms up
+        memory = []
+        for way in ways:  # warms both up
             torch.cuda.reset_peak_memory_stats() if device.type == "cuda" else None
-            with Count(agent) as count:
-                way()
-            counts.append(count)
+            way()
             memory.append(torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None)
-        pairs = np.array([[(result or [spent]) for spent, result in (timed(way, device) for way in ways)] for _ in range(repeats)])
-        for column, part in enumerate([name, "  its rollout", "  its update"][:pairs.shape[2]]):  # pairs [repeats, ways, columns]
-            quartiles = np.quantile(pairs[:, 1, column] / pairs[:, 0, column], (0.25, 0.5, 0.75)).tolist()
+        costs = np.array([[(parts or [spent]) for spent, parts in (cost(way, agent) for way in ways)] for _ in range(repeats)])  # in turn
+        for column, part in enumerate([name, "- its rollout", "- its update"][:costs.shape[2]]):
+            seconds, tokens, flops = costs[:, :, column].transpose(2, 0, 1)  # each [repeats, ways]
+            quartiles = np.quantile(seconds[:, 1] / seconds[:, 0], (0.25, 0.5, 0.75)).tolist()
             row = {"part": part, "ratio": quartiles[1], "ratio_quartiles": quartiles[::2], "repeats": repeats}
             for way, side in enumerate(("ours", "published")):
-                median, count = float(np.median(pairs[:, way, column])), counts[way]
-                row[side] = {"seconds": median, "memory_gb": memory[way]}
-                if not column:
-                    row[side].update(tokens=count.tokens, calls=count.calls, peak_share=count.flops / median / peak)
+                row[side] = {"seconds": float(np.median(seconds[:, way])), "tokens": int(np.median(tokens[:, way])),
+                             "peak_share": float(np.median(flops[:, way] / seconds[:, way] / peak)), "memory_gb": memory[way]}
             rows.append(row)
             print(markdown(row), flush=True)
-    gaps = {name: max(abs(a[name] - b[name]) for a, b in zip(*metrics)) for name in ("policy_loss", "value_loss", "entropy", "kl")}
     return {"task": task, "parameters": sum(p.numel() for p in agent.model.get_base_model().parameters()), "dtype": str(agent.model.dtype),
             "matmul_peak_gflops": peak / 1e9, "largest_difference_of_metrics": gaps, "rows": rows}
 
@@ -294,11 +311,12 @@ HEADER = """| part | ours, ms | published, ms | times faster (quartiles) | token
 
 def markdown(row):
     """A line of the table."""
-    ours, published, both = row["ours"], row["published"], ["", ""]
-    if "tokens" in ours:
-        both = [f"{ours['tokens']:,} / {published['tokens']:,}", f"{ours['peak_share']:.0%} / {published['peak_share']:.0%}"]
+    ours, published = row["ours"], row["published"]
+    tokens, share, memory = ([form.format(side[key]) for side in (ours, published)] for key, form in (
+        ("tokens", "{:,}"), ("peak_share", "{:.0%}"), ("memory_gb", "{:.0f} GB" if ours["memory_gb"] else "")))
     return (f"| {row['part']} | {1e3 * ours['seconds']:.1f} | {1e3 * published['seconds']:.1f} | {row['ratio']:.1f}"
-            f" ({row['ratio_quartiles'][0]:.1f} to {row['ratio_quartiles'][1]:.1f}) | {both[0]} | {both[1]} |")
+            f" ({row['ratio_quartiles'][0]:.1f} to {row['ratio_quartiles'][1]:.1f}) | {' / '.join(tokens)} | {' / '.join(share)} |"
+            + (f" {' / '.join(memory)} |" if ours["memory_gb"] else ""))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -322,120 +340,6 @@ def profile(options):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What an iteration costs, and what makes it grow
-
-WORDS = ("tomato bowl board knife kitchen table oven sofa milk chips salad onion lettuce counter plate cup door room bread cheese apple "
-         "water towel lamp chair shelf drawer window basket jar pan pot").split()
-
-
-class Drill:
-    """A world of so many prompts, met at random, each with phrases of its own; an episode never ends."""
-
-    def __init__(self, actions=5, phrase=4, prompt=40, distinct=64, seed=0):
-        rng = np.random.default_rng(seed)
-        words = lambda n: " ".join(rng.choice(WORDS, n))
-        self.infos = [{"prompt": f"{k} {words(prompt - 1)}", "actions": [f"{first} {words(phrase - 1)}".strip() for first in rng.permutation(WORDS)[:actions]]}
-                      for k in range(distinct)]
-
-    def reset(self, seed=None):
-        self.rng = np.random.default_rng(seed)
-        return None, self.infos[self.rng.integers(len(self.infos))]
-
-    def step(self, action):
-        return None, 0.0, False, False, self.infos[self.rng.integers(len(self.infos))]
-
-
-def packed_flops(agent, items):
-    """FLOPs of one forward of an item, and of the critic's over its prompt alone: means over items, by Count's formula, without pads."""
-    count, trees = Count(agent), [twosome.pack(agent.tokenizer, *item) for item in items]
-    flops = lambda S, parents: 2 * count.layer_weights * S + count.attention * S * (S + 1) / 2 + count.row * parents
-    return np.mean([(flops(len(tree.ids), len(tree.parents)), flops(tree.prompt, 0)) for tree in trees], axis=0)
-
-
-def rates_of(agent, items):
-    """Seconds a call and forward FLOPs a second, without and with gradient, from calls of 1 and of 32 prompts: {grad: (seconds, rate)}."""
-    def call(items, grad):
-        def work():
-            agent.policy_changed()
-            with torch.set_grad_enabled(grad):
-                total = torch.cat(agent.log_probs(items)).sum()
-            total.backward() if grad else None
-        return min(timed(work, agent.model.device)[0] for _ in range(7))
-
-    rates, flops = {}, packed_flops(agent, items)[0]
-    for grad in (False, True):
-        one, many = call(items[:1], grad), call(items[:32], grad)
-        rates[grad] = max(one - (many - one) / 31, 0.0), 31 * flops / (many - one)
-    return rates
-
-
-def predict(agent, items, config, rates, rest=0.0):
-    """Seconds of one iteration where every prompt's features are new: calls, FLOPs, and `rest` seconds an environment step."""
-    K, N, T = len(items), config.num_envs, config.rollout_steps
-    distinct = lambda samples: K * (1 - (1 - 1 / K) ** samples)  # expected number of distinct prompts among so many
-    calls = sum(1 - (1 - (1 - 1 / K) ** (N * t)) ** N for t in range(T))  # steps at which some prompt is new to this rollout
-    scoring, critic = packed_flops(agent, items)
-    (call, rate), (call_grad, rate_grad) = rates[False], rates[True]
-    rollout = (calls + 1) * call + distinct(N * T) * (scoring + critic) / rate
-    update = N * T / config.minibatch * (call_grad + distinct(config.minibatch) * scoring / rate_grad)
-    return rollout + update + rest * N * T
-
-
-def cost_model(options):
-    """Measure iterations along six axes, and predict them from token and FLOP counts and rates measured at the base point."""
-    axes = {"actions": (2, 5, 10, 20), "words a phrase": (1, 4, 8, 16), "words a prompt": (10, 40, 80, 160), "prompts in the world": (4, 16, 64, 256, 1024),
-            "environments": (2, 4, 8, 16), "hidden size": (64, 128, 256, 384)}
-    agent = load("", options.model)
-    world = lambda **changes: Drill(**{"actions": 5, "phrase": 4, "prompt": 40, "distinct": 64, **changes})
-    items_of = lambda world: [twosome.describe(info) for info in world.infos]
-    keyword = {"actions": "actions", "words a phrase": "phrase", "words a prompt": "prompt", "prompts in the world": "distinct"}
-
-    def measure(agent, world, config):
-        trainer = ppo.PPO(lambda: copy.copy(world), agent, config)
-
-        def iterate():
-            agent._features.clear()
-            trainer.iterate()
-        return float(np.median([timed(iterate, agent.model.device)[0] for _ in range(4)][1:]))
-
-    rates = rates_of(agent, items_of(world()))
-    rest = (measure(agent, world(), ppo.Config()) - predict(agent, items_of(world()), ppo.Config(), rates)) / 128
-    curves = {}
-    for axis, values in axes.items():
-        curves[axis] = []
-        for value in values:
-            here = world(**{keyword[axis]: value} if axis in keyword else {})
-            config = ppo.Config(num_envs=value) if axis == "environments" else ppo.Config()
-            model, own = agent, rates
-            if axis == "hidden size":  # how near a model comes to the peak depends on its size: its own rates, of one call
-                model = load(dict(hidden_size=value, intermediate_size=3 * value, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
-                                  vocab_size=1024, max_position_embeddings=1024), options.model)
-                own = rates_of(model, items_of(here))
-            curves[axis].append({"value": value, "measured": measure(model, here, config), "predicted": predict(model, items_of(here), config, own, rest)})
-            print(f"{axis:22}{value:6}  measured {curves[axis][-1]['measured']:7.3f} s, predicted {curves[axis][-1]['predicted']:7.3f} s", flush=True)
-    plot(curves, os.path.join(options.out, "cost_model.png"))
-    return {"rates": {("with" if grad else "without") + " gradient": dict(zip(("seconds_a_call", "forward_flops_a_second"), pair)) for grad, pair in rates.items()},
-            "rest_seconds_a_step": rest, "curves": curves}
-
-
-def plot(curves, path):
-    """The measured and the predicted seconds of an iteration, one panel an axis."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, panels = plt.subplots(2, 3, figsize=(9, 5), sharey=True, layout="constrained")
-    for (axis, points), panel in zip(curves.items(), panels.flat):
-        values = [point["value"] for point in points]
-        panel.plot(values, [point["predicted"] for point in points], "--", color="tab:gray", label="predicted")
-        panel.plot(values, [point["measured"] for point in points], "o-", label="measured")
-        panel.set(xlabel=axis, xscale="log", yscale="log", xticks=values, xticklabels=values)
-        panel.minorticks_off()
-    panels[0, 0].legend(frameon=False)
-    figure.supylabel("seconds of one PPO iteration")
-    figure.savefig(path, dpi=80)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Several processes
 
 def processes(options):
@@ -446,7 +350,7 @@ def processes(options):
             for count in (1, 2):
                 out = os.path.join(folder, f"{turn}-{count}")
                 command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), os.path.join(ROOT, "twosome.py"),
-                           "--model", options.model, "--task", options.task, "--steps", str(options.steps or 2560), "--device", "cpu", "--out", out]
+                           "--model", options.model, "--task", options.task, "--steps", str(options.steps or 5120), "--device", "cpu", "--out", out]
                 subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
                 with open(os.path.join(out, "metrics.csv"), newline="") as file:
                     speeds = [float(row["steps_per_second"]) for row in csv.DictReader(file)]
@@ -463,24 +367,28 @@ def main(argv=None):
     parser.add_argument("--task", default="tomato-salad", help="a task of Overcooked")
     parser.add_argument("--shape", default="", choices=("", *SHAPES), help="random weights of this shape instead of --model")
     parser.add_argument("--repeats", type=int, default=5, help="times that each part is measured")
-    parser.add_argument("--steps", type=int, default=0, help="environment steps of --profile (the default run's) and --processes (2560)")
+    parser.add_argument("--steps", type=int, default=0, help="environment steps of --profile (the default run's) and of --processes (5120)")
     parser.add_argument("--threads", type=int, default=0, help="torch's threads; 0: its own choice")
-    for name in ("profile", "cost-model", "processes"):
-        parser.add_argument("--" + name, action="store_true", help={"profile": "where the time of a default run goes", "cost-model": "what an iteration's cost grows with",
-                                                                      "processes": "two processes against one"}[name])
+    parser.add_argument("--profile", action="store_true", help="where the time of a default run goes")
+    parser.add_argument("--cost-model", action="store_true", help="what an iteration's cost grows with")
+    parser.add_argument("--processes", action="store_true", help="two processes against one")
     parser.add_argument("--out", default=RESULTS, help="folder of the results")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads) if options.threads else None
     os.makedirs(options.out, exist_ok=True)
     kind = next((name for name in ("profile", "cost_model", "processes") if getattr(options, name)), "bench" + (f"-{options.shape}" if options.shape else ""))
     facts = {"command": " ".join(["python experiments/bench.py", *(sys.argv[1:] if argv is None else argv)]), **machine()}
-    if kind.startswith("bench"):
+    if kind == "cost_model":
+        import cost_model
+        facts.update(cost_model.measure(options))
+    elif kind in ("profile", "processes"):
+        facts.update({"profile": profile, "processes": processes}[kind](options))
+    else:
         print(HEADER)
-        facts.update(compare(load(options.shape, options.model), options.task, options.repeats))
+        facts.update(compare(load(options.shape, options.model), options.task, options.repeats, defaults=options.shape != "7b"))
         with open(os.path.join(options.out, f"{kind}.md"), "w") as file:
             file.write("\n".join([HEADER, *map(markdown, facts["rows"])]) + "\n")
-    else:
-        facts.update({"profile": profile, "cost_model": cost_model, "processes": processes}[kind](options))
+    facts["load_after"] = round(os.getloadavg()[0], 2)
     with open(os.path.join(options.out, f"{kind}.json"), "w") as file:
         json.dump(facts, file, indent=1)
     return 0

@@ -4,6 +4,7 @@ import torch
 
 import models
 import ppo
+import scoring
 import twosome
 
 
@@ -35,7 +36,7 @@ ITEMS = [twosome.describe({"prompt": text, "actions": ["take the cup", "open the
 def test_the_untrained_policy_is_the_prompted_llm(agent):
     """LoRA starts at zero: before the first step, the policy with the adapter on is the base model's own."""
     base, tokenizer = models.load(twosome.model_path("pocket_lm"))
-    for ours, plain in zip(agent.log_probs(ITEMS), twosome.score_actions_naive(base, tokenizer, *zip(*ITEMS))):
+    for ours, plain in zip(agent.log_probs(ITEMS), scoring.score_actions_naive(base, tokenizer, *zip(*ITEMS))):
         assert torch.allclose(ours, plain, atol=1e-4)
     with torch.no_grad():
         next(p for name, p in agent.model.named_parameters() if "lora_B" in name).fill_(0.5)
@@ -47,7 +48,7 @@ def test_the_untrained_policy_is_the_prompted_llm(agent):
 
 
 def plain_scores(base, tokenizer):
-    return twosome.score_actions_naive(base, tokenizer, [ITEMS[0][0]], [list(ITEMS[0][1])])[0]
+    return scoring.score_actions_naive(base, tokenizer, [ITEMS[0][0]], [list(ITEMS[0][1])])[0]
 
 
 def test_training_moves_lora_and_critic_and_nothing_else(agent):

@@ -12,6 +12,7 @@ import transformers
 import models
 import ppo
 import tiny
+import scoring
 import twosome
 
 torch.set_num_threads(1)
@@ -42,7 +43,7 @@ def test_load_gives_a_frozen_model_without_a_word(saved, capfd, recwarn):
 def test_half_precision_base_float32_adapter(name, dtype, recwarn):
     agent = twosome.Agent(tiny.model(name).to(getattr(torch, dtype)), tiny.byte_bpe())
     assert {p.dtype for p in agent.policy_parameters()} == {torch.float32} and {p.dtype for p in agent.value_parameters()} == {torch.float32}
-    fast, naive = (torch.cat(score(agent.model, agent.tokenizer, *zip(*ITEMS), "token")) for score in (twosome.score_actions, twosome.score_actions_naive))
+    fast, naive = (torch.cat(score(agent.model, agent.tokenizer, *zip(*ITEMS), "token")) for score in (scoring.score_actions, scoring.score_actions_naive))
     assert fast.dtype == torch.float32 and (fast - naive).abs().max() < 0.25
     assert not [warning for warning in recwarn if "row a phrase" in str(warning.message)]  # half precision is no reason to fall back
     sum(row[0] for row in agent.log_probs(ITEMS)).backward()
@@ -83,8 +84,8 @@ def test_the_saved_adapter_is_pefts_own(name, tmp_path):
     for folder in (saved, with_adapter):
         with models.quiet():
             loaded = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), folder)
-        assert all(torch.equal(a, b) for a, b in zip(scores, twosome.score_actions(loaded, agent.tokenizer, *zip(*ITEMS))))
-    merged = twosome.score_actions(loaded.merge_and_unload(), agent.tokenizer, *zip(*ITEMS))
+        assert all(torch.equal(a, b) for a, b in zip(scores, scoring.score_actions(loaded, agent.tokenizer, *zip(*ITEMS))))
+    merged = scoring.score_actions(loaded.merge_and_unload(), agent.tokenizer, *zip(*ITEMS))
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(scores, merged))
     assert not torch.allclose(scores[0], prior[0], atol=1e-2)
 
@@ -193,7 +194,7 @@ def test_other_refusals(saved, monkeypatch):
 def test_preflight_counts():
     agent = twosome.Agent(tiny.model("llama"), tiny.byte_bpe())
     report, text = agent.preflight(ITEMS, samples=8)
-    trees = [twosome.pack(agent.tokenizer, *item) for item in ITEMS]
+    trees = [scoring.pack(agent.tokenizer, *item) for item in ITEMS]
     assert report["trainable"] == sum(p.numel() for p in agent.policy_parameters() + agent.value_parameters())
     assert report["parameters"] == sum(p.numel() for p in [*agent.model.parameters(), *agent.critic.parameters()])
     assert (report["prompt_tokens"], report["packed"]) == (max(tree.prompt for tree in trees), max(len(tree.ids) for tree in trees))
@@ -205,11 +206,11 @@ def test_preflight_counts():
 
 def test_token_report_shows_tokens_words_and_log_probabilities():
     model, tokenizer = tiny.model("llama"), tiny.byte_bpe()
-    text = twosome.token_report(model, tokenizer, ["take the bowl", "chop"], "You should")
-    joint, = twosome.joint_log_probs(model, tokenizer, ["You should"], [["take the bowl", "chop"]])
+    text = scoring.token_report(model, tokenizer, ["take the bowl", "chop"], "You should")
+    joint, = scoring.joint_log_probs(model, tokenizer, ["You should"], [["take the bowl", "chop"]])
     line = next(line for line in text.splitlines() if "take the bowl" in line)
     score, per_token, per_word, tokens, words = (float(number) for number in line.split()[:5])
-    assert (score, tokens, words) == (pytest.approx(joint[0].item(), abs=1e-3), len(twosome.tokenize(tokenizer, "You should", ("take the bowl",))[1][0]), 3)
+    assert (score, tokens, words) == (pytest.approx(joint[0].item(), abs=1e-3), len(scoring.tokenize(tokenizer, "You should", ("take the bowl",))[1][0]), 3)
     assert (per_token, per_word) == (pytest.approx(score / tokens, abs=1e-3), pytest.approx(score / words, abs=1e-3))
 
 

@@ -10,6 +10,7 @@ from tokenizers import models as token_models, pre_tokenizers
 
 import models
 import tiny
+import scoring
 import twosome
 
 torch.set_num_threads(1)
@@ -43,14 +44,14 @@ def deviation(ours, reference):
 @pytest.mark.parametrize("name, attention", CASES)
 def test_every_architecture_scores_as_the_definition(name, attention, record_property):
     model = adapted(tiny.model(name, attention=attention))
-    reference = values_and_gradients(twosome.score_actions_naive, model)
+    reference = values_and_gradients(scoring.score_actions_naive, model)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        evaluation = values_and_gradients(twosome.score_actions, model)
+        evaluation = values_and_gradients(scoring.score_actions, model)
     assert [("row" in str(warning.message)) for warning in told] == ([] if tiny.ARCHITECTURES[name][2] == "tree" else [True])
     model.activation_checkpointing_enable()
     model.train()
-    training = values_and_gradients(twosome.score_actions, model)
+    training = values_and_gradients(scoring.score_actions, model)
     for scores in (evaluation, training):
         value, gradient = deviation(scores, reference)
         record_property("deviation", (value, gradient))
@@ -70,17 +71,17 @@ MUTATIONS = {
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_the_self_check_notices_a_wrong_mask_and_falls_back(mutation, monkeypatch):
     name, function, wrong = MUTATIONS[mutation]
-    right = getattr(twosome, function)
-    monkeypatch.setattr(twosome, function, wrong if function == "mask_layout" else lambda *arguments: wrong(right(*arguments)))
-    twosome.pack.cache_clear()
+    right = getattr(scoring, function)
+    monkeypatch.setattr(scoring, function, wrong if function == "mask_layout" else lambda *arguments: wrong(right(*arguments)))
+    scoring.pack.cache_clear()
     model = adapted(tiny.model(name))
-    reference = values_and_gradients(twosome.score_actions_naive, model)
+    reference = values_and_gradients(scoring.score_actions_naive, model)
     with pytest.warns(UserWarning, match="one row a phrase"):
-        assert deviation(values_and_gradients(twosome.score_actions, model), reference) < (1e-4, 1e-4)
-    monkeypatch.setattr(twosome, "_self_check", lambda *arguments: None)  # and without the check, this file's comparison would see it
-    monkeypatch.setattr(twosome, "_layouts", {})
-    assert deviation(values_and_gradients(twosome.score_actions, model), reference) > (1e-2, 1e-2)
-    twosome.pack.cache_clear()
+        assert deviation(values_and_gradients(scoring.score_actions, model), reference) < (1e-4, 1e-4)
+    monkeypatch.setattr(scoring, "_self_check", lambda *arguments: None)  # and without the check, this file's comparison would see it
+    monkeypatch.setattr(scoring, "_layouts", {})
+    assert deviation(values_and_gradients(scoring.score_actions, model), reference) > (1e-2, 1e-2)
+    scoring.pack.cache_clear()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,7 +102,7 @@ def bigram():
     return model.eval(), transformers.PreTrainedTokenizerFast(tokenizer_object=core), table.tolist()
 
 
-@pytest.mark.parametrize("score", [twosome.score_actions_naive, twosome.score_actions])
+@pytest.mark.parametrize("score", [scoring.score_actions_naive, scoring.score_actions])
 def test_a_bigram_model_by_hand(score):
     model, tokenizer, table = bigram()
     log_p = lambda a, b: table[a][b] - math.log(sum(math.exp(x) for x in table[a]))
@@ -117,9 +118,9 @@ def test_a_bigram_model_by_hand(score):
 def test_the_three_normalisations():
     joint = torch.tensor([-6.0, -2.0])
     for normalization, logits in {"sum": [-6, -2], "token": [-1.5, -2], "word": [-3, -2]}.items():
-        assert torch.allclose(twosome.normalize(joint, [4, 1], [2, 1], normalization), torch.tensor(logits).float().log_softmax(0))
-    with pytest.raises(twosome.ScoringError, match="sum, token, word"):
-        twosome.normalize(joint, [4, 1], [2, 1], "words")
+        assert torch.allclose(scoring.normalize(joint, [4, 1], [2, 1], normalization), torch.tensor(logits).float().log_softmax(0))
+    with pytest.raises(scoring.ScoringError, match="sum, token, word"):
+        scoring.normalize(joint, [4, 1], [2, 1], "words")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -129,10 +130,10 @@ def test_the_three_normalisations():
 def test_each_distinct_token_goes_through_the_model_once(name, path, recwarn):
     model, seen = tiny.model(name, attention="eager"), []
     prompts, phrases = [tiny.PROMPTS[1]] * 3, [tiny.PHRASES[1]] * 3  # the same three times
-    twosome.score_actions(model, BYTE_BPE, prompts, phrases)  # the self-check comes with the first call
+    scoring.score_actions(model, BYTE_BPE, prompts, phrases)  # the self-check comes with the first call
     model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
-    first, second, third = twosome.score_actions(model, BYTE_BPE, prompts, phrases)
-    prompt_ids, tails = twosome.tokenize(BYTE_BPE, prompts[0], tuple(phrases[0]))
+    first, second, third = scoring.score_actions(model, BYTE_BPE, prompts, phrases)
+    prompt_ids, tails = scoring.tokenize(BYTE_BPE, prompts[0], tuple(phrases[0]))
     distinct = {tail[:i] for tail in tails for i in range(1, len(tail) + 1)}
     assert len(seen) == 1  # one forward
     if path == "tree":
@@ -146,15 +147,15 @@ def test_each_distinct_token_goes_through_the_model_once(name, path, recwarn):
 def test_tokenizers(kind):
     tokenizer = tiny.TOKENIZERS[kind]()
     model = adapted(tiny.model("llama"))
-    reference = values_and_gradients(twosome.score_actions_naive, model, tokenizer)
-    assert deviation(values_and_gradients(twosome.score_actions, model, tokenizer), reference) < (1e-4, 1e-4)
-    scores = twosome.score_actions(model, tokenizer, tiny.PROMPTS, tiny.PHRASES)
+    reference = values_and_gradients(scoring.score_actions_naive, model, tokenizer)
+    assert deviation(values_and_gradients(scoring.score_actions, model, tokenizer), reference) < (1e-4, 1e-4)
+    scores = scoring.score_actions(model, tokenizer, tiny.PROMPTS, tiny.PHRASES)
     assert all(row.exp().sum().item() == pytest.approx(1, abs=1e-5) for row in scores)
     for side in ("left", "right"):  # must not matter
         tokenizer.padding_side = side
-        assert all(torch.equal(a, b) for a, b in zip(scores, twosome.score_actions(model, tokenizer, tiny.PROMPTS, tiny.PHRASES)))
+        assert all(torch.equal(a, b) for a, b in zip(scores, scoring.score_actions(model, tokenizer, tiny.PROMPTS, tiny.PHRASES)))
     for prompt, actions in zip(tiny.PROMPTS, tiny.PHRASES):
-        prompt_ids, tails = twosome.tokenize(tokenizer, prompt, tuple(actions))
+        prompt_ids, tails = scoring.tokenize(tokenizer, prompt, tuple(actions))
         for phrase, tail in zip(actions, tails):  # prompt and phrase as one text, without the closing token
             joint = tokenizer(f"{prompt} {phrase}")["input_ids"]
             assert list(prompt_ids + tail) == (joint[:-1] if kind == "unigram" else joint)
@@ -165,12 +166,12 @@ def test_tokenizers(kind):
 def test_a_seam_that_merges_leaves_a_proper_probability():
     tokenizer, model = tiny.merging(), tiny.model("llama")
     prompt, phrases = "cut the", ("lettuce", "bowl", "board")
-    prompt_ids, tails = twosome.tokenize(tokenizer, prompt, phrases)
+    prompt_ids, tails = scoring.tokenize(tokenizer, prompt, phrases)
     alone = tokenizer(prompt)["input_ids"]
     assert len(prompt_ids) < len(alone) and list(prompt_ids) == alone[:len(prompt_ids)]  # the cut moved left
-    joint, = twosome.joint_log_probs(model, tokenizer, [prompt], [phrases])
+    joint, = scoring.joint_log_probs(model, tokenizer, [prompt], [phrases])
     assert joint.exp().sum().item() <= 1  # events that exclude each other, given one past
-    naive, = twosome.score_actions_naive(model, tokenizer, [prompt], [phrases], "sum")
+    naive, = scoring.score_actions_naive(model, tokenizer, [prompt], [phrases], "sum")
     assert torch.allclose(joint.log_softmax(0), naive, atol=1e-4)
 
 
@@ -198,8 +199,8 @@ def test_what_cannot_be_scored_is_refused_in_one_line():
     model = tiny.model("llama", max_position_embeddings=60)
 
     def refused(match, prompt, phrases, tokenizer=BYTE_BPE):
-        with pytest.raises(twosome.ScoringError, match=match) as told:
-            twosome.score_actions(model, tokenizer, [prompt], [phrases])
+        with pytest.raises(scoring.ScoringError, match=match) as told:
+            scoring.score_actions(model, tokenizer, [prompt], [phrases])
         assert "\n" not in str(told.value)
 
     refused("no actions", "You", [])
