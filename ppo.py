@@ -420,7 +420,7 @@ class PPO:
         return {"steps": self.steps, "updates": self.updates, "episodes": self.episodes, "skipped": self.skipped,
                 "skipped_in_a_row": list(self.skipped_in_a_row), "recent": [list(row) for row in self.recent],
                 "running": [list(row) for row in self.running], "envs": list(environments), "rngs": list(generators),
-                "shuffle": self.shuffle.bit_generator.state}
+                "shuffle": self.shuffle.bit_generator.state, "parts": self.parts}
 
     def load_state_dict(self, state):
         """Continue where state_dict() left off, with any number of processes. Raises ValueError for what it never returns.
@@ -428,13 +428,13 @@ class PPO:
         After an environment's load_state_dict(state), its observe() gives (obs, info) of that moment, unless the former does.
         """
         N, finite = self.config.num_envs, lambda row: len(row) == 3 and all(type(x) in (int, float) and np.isfinite(x) for x in row)
-        counts = [state["steps"], state["updates"], state["episodes"], state["skipped"], *state["skipped_in_a_row"]]
-        if not (all(type(count) is int and count >= 0 for count in counts) and len(counts) == 6 and state["updates"] <= self.total_updates
+        counts = [state["steps"], state["updates"], state["episodes"], state["skipped"], state["parts"], *state["skipped_in_a_row"]]
+        if not (all(type(count) is int and count >= 0 for count in counts) and len(counts) == 7 and state["parts"] and state["updates"] <= self.total_updates
                 and state["steps"] == state["updates"] * N * self.config.rollout_steps and len(state["recent"]) <= self.recent.maxlen
                 and all(map(finite, state["recent"])) and all(map(finite, state["running"]))
                 and len(state["running"]) == len(state["envs"]) == len(state["rngs"]) == N):
             raise ValueError("the counters, returns or environments are not those of this training")
-        for name in ("steps", "updates", "episodes", "skipped"):
+        for name in ("steps", "updates", "episodes", "skipped", "parts"):
             setattr(self, name, state[name])
         self.skipped_in_a_row = list(state["skipped_in_a_row"])
         self.recent = collections.deque((tuple(row) for row in state["recent"]), maxlen=self.recent.maxlen)

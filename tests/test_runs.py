@@ -3,6 +3,7 @@
 The processes are forked by one server that has imported everything (experiments/kill_campaign.py, which runs the long campaign).
 """
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import json
@@ -23,11 +24,12 @@ import envs
 import ppo
 import runs
 import tiny
+import scoring
 import twosome
 from experiments import kill_campaign
 
 QUICK = ["--env", "overcooked", "--num-envs", "2", "--rollout-steps", "16", "--minibatch", "16", "--steps", "256", "--checkpoint-every", "2"]
-SMALL = ppo.Config(steps=64, num_envs=2, rollout_steps=4, minibatch=8)
+SMALL = ppo.Config(steps=64, num_envs=2, rollout_steps=4, minibatch=8, epochs=1)
 ODD = ["snowman ☃ and 🍅", "right\u202eleft", "nul \0 in it", "tab\tand\nnewline", "\u200b\u200b", "a" * 150, "</s><s> [INST]", "%s %d {0} $HOME `id`",
        "é combining e\u0301", "../../etc/passwd", "\ufeffBOM", "ﷺ 中文 हिन्दी"]
 
@@ -231,13 +233,13 @@ def test_the_adapter_is_peft_s_own(trained):
 
 def test_non_finite_logits_are_skipped_counted_and_finally_fatal():
     """Not one step of the policy is taken, however sound the critic is; a checkpoint of what is not finite is refused."""
-    agent, trainer = make(config=ppo.Config(steps=6400, num_envs=2, rollout_steps=8, minibatch=8))
+    agent, trainer = make(config=dataclasses.replace(SMALL, steps=6400, rollout_steps=8))
     sound = agent.log_probs
     before = [p.clone() for p in agent.policy_parameters()]
 
     def sick(items):
         if torch.is_grad_enabled():
-            raise twosome.NonFiniteScores("the model gives log-probabilities that are not finite")
+            raise scoring.NonFiniteScores("the model gives log-probabilities that are not finite")
         return sound(items)
     agent.log_probs = sick
     assert [trainer.iterate()["skipped"] for _ in range(2)] == [2, 4]
@@ -406,7 +408,6 @@ def test_names_are_names(tmp_path, monkeypatch):
 
 def test_malformed_configs_are_one_line(tmp_path):
     folder = str(tmp_path / "run")
-    import dataclasses
     good = dataclasses.asdict(twosome.Config())
     runs.Run.create(folder, good).close()
 
@@ -453,5 +454,5 @@ def test_prompts_with_odd_characters_are_scored_or_refused_in_one_line(trained):
             try:
                 scores, = agent.log_probs([item])
                 assert torch.isfinite(scores).all() and abs(scores.exp().sum().item() - 1) < 1e-4
-            except twosome.ScoringError as error:
+            except scoring.ScoringError as error:
                 assert "\n" not in str(error)
