@@ -243,6 +243,8 @@ def build(config):
     for seed in (random.seed, np.random.seed, torch.manual_seed):  # nothing here draws from the first two; an environment of yours may
         seed(config.seed)
     model, tokenizer = models.load(model_path(config.model), config.dtype, config.device, config.load_in)
+    if model.device.type == "cpu" and model.num_parameters() < 2e7 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # small matrices: a second thread gives little, and a run must not depend on the number of cores
     return Agent(model, tokenizer, config.norm, config.lora_rank, config.lora_alpha, config.lora_targets), make_env
 
 
@@ -363,6 +365,8 @@ def arguments(argv):
     modes = {name: options.pop(name) for name in ("preset", "resume", "from", "eval", "tokens", "episodes")}
     given = {name: value for name, value in options.items() if value is not None}
     config = Config(**given)
+    if modes["from"] != "last" and modes["resume"] is None:
+        raise ppo.ConfigError("--from names a checkpoint of the run that --resume goes on with; give both")
     if modes["episodes"] < 1:
         raise ppo.ConfigError(f"episodes is {modes['episodes']}; it must be at least 1")
     if modes["eval"] is not None:
