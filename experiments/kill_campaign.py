@@ -3,7 +3,7 @@
   python experiments/kill_campaign.py                              # 60 kills of `python twosome.py --env overcooked`, about 20 minutes
   python experiments/kill_campaign.py --kills 300 --fork           # children of one process that has imported everything: quicker
 
-A run is killed one to four times before it may finish: at any moment after its start, within a chosen update, while a
+A run is killed one to six times before it may finish: at any moment after its start, within a chosen update, while a
 checkpoint is being written, or right after the resume that follows a kill. After each kill metrics.csv must be whole; at the
 end metrics.csv (without its two columns of times) and every file of the last checkpoint must be bit for bit those of the
 uninterrupted run. tests/test_runs.py runs a short form. Results: experiments/results/kill_campaign.json and .md.
@@ -88,7 +88,7 @@ class Forked:
     def wait(self):
         """Wait for the end."""
         while self.poll() is None:
-            time.sleep(0.005)
+            time.sleep(0.02)
         return self.returncode
 
     def send_signal(self, number):
@@ -114,10 +114,12 @@ def limit_files(size):
 
 def serve():
     """The fork server: a JSON request a line on standard input, an answer a line on standard output."""
+    import matplotlib.figure  # noqa: F401  these two so that no child has to
     import torch
-    import tqdm  # noqa: F401  imported here, once, as all else
+    import tqdm  # noqa: F401
     import twosome
     torch.set_num_threads(1)
+    twosome.build(twosome.Config())  # a first model loaded imports most of transformers
     children = {}
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
@@ -186,7 +188,7 @@ def trace(folder):
 def wait_for(condition, process):
     """Wait until the condition holds or the process has ended."""
     while not condition() and process.poll() is None:
-        time.sleep(0.001)
+        time.sleep(0.003)
 
 
 def kill_at(process, folder, mode, rng, updates, length):
@@ -226,7 +228,7 @@ def campaign(runner, argv, kills, seed, parent, say=print):
         folder = os.path.join(parent, f"killed{figures['runs']}")
         figures["runs"] += 1
         planned = [rng.choice(("any", "update", "update", "save", "save"))]
-        while rng.random() < 0.6 and len(planned) < 4:
+        while rng.random() < 0.75 and len(planned) < 6:
             planned.append(rng.choice(("resume", "update", "save")))
         outputs, problem = [], None
         for mode in [*planned, None]:
@@ -277,7 +279,7 @@ def main():
     if options.serve:
         return serve()
     runner = Fork() if options.fork else Command()
-    argv = ["--env", "overcooked", "--steps", "1536", "--checkpoint-every", "4"]
+    argv = ["--env", "overcooked", "--num-envs", "4", "--rollout-steps", "16", "--minibatch", "32", "--steps", "1280", "--checkpoint-every", "3"]
     with tempfile.TemporaryDirectory() as parent:
         figures = campaign(runner, argv, options.kills, options.seed, parent)
     runner.close()
