@@ -43,7 +43,7 @@ RESULTS = os.path.join(ROOT, "experiments", "results")
 PUBLISHED_SIZES = ppo.Config(num_envs=4, rollout_steps=32, minibatch=32, epochs=1)
 SHAPES = {  # random weights, made on the device; "" loads --model instead
     "7b": dict(),  # transformers' default LlamaConfig is LLaMA-7B's
-    "tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, vocab_size=1024),
+    "tiny": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4, vocab_size=1024),
 }
 
 
@@ -385,7 +385,7 @@ def main(argv=None):
         facts.update({"profile": profile, "processes": processes}[kind](options))
     else:
         print(HEADER)
-        facts.update(compare(load(options.shape, options.model), options.task, options.repeats, defaults=options.shape != "7b"))
+        facts.update(compare(load(options.shape, options.model), options.task, options.repeats, defaults=not options.shape))
         with open(os.path.join(options.out, f"{kind}.md"), "w") as file:
             file.write("\n".join([HEADER, *map(markdown, facts["rows"])]) + "\n")
     facts["load_after"] = round(os.getloadavg()[0], 2)
