@@ -521,6 +521,19 @@ class Run:
             self.lock = None
 
 
+class Follower(Run):
+    """A run's folder as every process but the first sees it: it reads, writes nothing and holds no lock."""
+
+    def __init__(self, folder, resumed):
+        self.folder, self.resumed, self.table, self.lock = folder, resumed, b"", None
+
+    def write(self, name, content):
+        """Nothing: the first process writes."""
+
+    def log(self, metrics):
+        """Nothing."""
+
+
 class Signals:
     """Within it, the first SIGINT or SIGTERM sets .stop and .exit_code (130, 143); the second ends the process at once.
 

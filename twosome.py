@@ -380,19 +380,6 @@ def arguments(argv):
     return config, modes, given
 
 
-class Follower(runs.Run):
-    """A run's folder as every process but the first sees it: it reads, writes nothing and holds no lock."""
-
-    def __init__(self, folder, resumed):
-        self.folder, self.resumed, self.table, self.lock = folder, resumed, b"", None
-
-    def write(self, name, content):
-        """Nothing: the first process writes."""
-
-    def log(self, metrics):
-        """Nothing."""
-
-
 def join_processes():
     """Under torchrun or accelerate launch, meet the other processes: gradients travel by nccl between GPUs, by gloo between CPUs.
     Returns this process's rank; only the first (0) prints and writes."""
@@ -430,7 +417,7 @@ def main(argv=None):
         if not run and not rank:
             run = runs.Run.create(config.out or runs.free_name("runs", f"{config.task}-seed{config.seed}"), dataclasses.asdict(config))
         folder, resumed = ppo.gather(run and (run.folder, run.resumed))[0]
-        run = run or Follower(folder, resumed)
+        run = run or runs.Follower(folder, resumed)
         return train(config, run, agent, make_env, modes["from"])
     except (OSError, ArithmeticError) as error:  # before ERRORS: a NonFiniteScores is both
         line(error, hint=True)
