@@ -190,7 +190,7 @@ def add_lora(model, rank=8, alpha=16, targets=None):
 # Before training
 
 def preflight(model, trees, samples=32, others=()):
-    """What training will take. trees: the packed prompts of some states (twosome.pack); samples: what one backward pass holds;
+    """What training will take. trees: the packed prompts of some states (scoring.pack); samples: what one backward pass holds;
     others: further modules that train (the critic). Returns (dict, text of a few lines).
 
     Memory is measured, not guessed: the longest tree is run once, and the tensors that autograd keeps for it are counted.
@@ -213,7 +213,7 @@ def preflight(model, trees, samples=32, others=()):
         raise ModelError("not even one prompt fits into memory; choose a smaller model, --dtype bfloat16 or --load-in 4bit") from None
     activations = sum(kept.values()) * samples
     state = sum(p.nbytes for p in trainable) * 3  # the gradient and Adam's two moments
-    phrases = [len(path) for tree in trees for path in tree.paths]
+    phrases = [len(tail) for tree in trees for tail in tree.tails]
     result = {"parameters": sum(p.numel() for p in model.parameters()) + sum(p.numel() for module in others for p in module.parameters()),
               "trainable": sum(p.numel() for p in trainable), "prompts": len(trees), "prompt_tokens": max(tree.prompt for tree in trees),
               "phrase_tokens": max(phrases), "packed": len(longest.ids), "samples": samples,

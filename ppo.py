@@ -349,7 +349,7 @@ class PPO:
             add_up([sums])
             for name, value in zip(("kl", "entropy", "policy_loss", "clip_fraction"), sums.tolist()):
                 stats[name].append(value)
-            if config.target_kl and stats["kl"][-1] > 1.5 * config.target_kl:  # the published scripts' factor
+            if config.target_kl and stats["kl"][-1] > 1.5 * config.target_kl:  # 1.5: our choice, the usual margin for a noisy estimate
                 self.policy_optimizer.zero_grad(set_to_none=True)
                 break
             stats["policy_grad_norm"].append(self.step(self.policy_optimizer, self.agent.policy_parameters(), sums.sum().item()))

@@ -189,7 +189,7 @@ class Config(ppo.Config):
     out: str = ppo.option("", "folder of the run; empty: the next free runs/TASK-seedN")
     lora_rank: int = ppo.option(8, "rank of the LoRA matrices")
     lora_alpha: int = ppo.option(16, "LoRA's scale is alpha / rank")
-    lora_targets: str = ppo.option("", "comma-separated layers to adapt; empty: the q and v projections")
+    lora_targets: str = ppo.option("", "comma-separated layers to adapt, or all-linear; empty: the q and v projections")
     dtype: str = ppo.option("auto", "number format of the frozen weights: auto, float32, bfloat16 or float16")
     device: str = ppo.option("auto", "auto, cuda, mps or cpu")
     load_in: str = ppo.option("", "8bit or 4bit: quantise the frozen weights through bitsandbytes; empty: not")
@@ -198,7 +198,7 @@ class Config(ppo.Config):
     def validate(self):
         """Raise ppo.ConfigError, in one line, for a setting that cannot work."""
         super().validate()
-        for name, choices in (("norm", NORMALIZATIONS), ("dtype", ("auto", "float32", "bfloat16", "float16")), ("load_in", ("", "8bit", "4bit"))):
+        for name, choices in (("norm", NORMALIZATIONS), ("dtype", models.DTYPES), ("load_in", ("", "8bit", "4bit"))):
             if getattr(self, name) not in choices:
                 raise ppo.ConfigError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(filter(None, choices))}")
         for name, low, high in (("lora_rank", 1, 4096), ("lora_alpha", 1, 10 ** 6), ("checkpoint_every", 1, 10 ** 9), ("seed", 0, 2 ** 32 - 1)):
@@ -213,10 +213,10 @@ def preset(name, env, task):
         steps = {"tomato-salad": 12_800, "food-preparation": 10_240}.get(task, 10_240 if home and task != "entertainment" else 30_720)
         return dict(steps=steps, num_envs=8, rollout_steps=32, epochs=2, minibatch=64, gradient_accumulation=1, policy_lr=2e-3,
                     critic_lr=1e-3, entropy=0.005, gamma=0.95 if home else 0.99)
-    if name == "hub":  # our choice, reasoned and NOT measured: the paper's batches, at a LoRA rate usual for 1 to 8 billion parameters
+    if name == "hub":  # our choice, reasoned and NOT measured: the published scripts' batches, at a LoRA rate usual for 1 to 8 billion parameters
         return dict(steps=50_000, num_envs=4, rollout_steps=32, epochs=1, minibatch=32, gradient_accumulation=8, policy_lr=1e-4,
                     critic_lr=1e-4, entropy=0.01, gamma=0.95 if home else 0.99)
-    if name == "paper":  # published scripts, to the number. LoRA was in half precision there: in float32 these rates learn far slower
+    if name == "paper":  # published scripts, to the number, for the four published tasks; the others borrow (our choice). LoRA was in half precision there: in float32 these rates learn far slower
         steps = {"food-preparation": 50_000, "entertainment": 200_000}.get(task, 200_000) if home else 500_000
         return dict(steps=steps, num_envs=4, rollout_steps=32, epochs=1, minibatch=32, gradient_accumulation=8, clip=0.2, entropy=0.01,
                     policy_lr=1e-6 if home else 5e-7, critic_lr=5e-5 if home else 1e-5, gamma=0.95 if home else 0.99, gae_lambda=0.95,
@@ -268,7 +268,7 @@ def some_states(env, agent, steps=200):
     return items
 
 
-def train(config, run, agent, make_env, which="last"):
+def train(config, run, agent, make_env, which="last", episodes=100):
     """Train in `run`'s folder from where it stands (its checkpoint `which`) to the end, evaluate, leave the files of a finished run."""
     from tqdm import tqdm
     start = time.perf_counter()
@@ -298,10 +298,10 @@ def train(config, run, agent, make_env, which="last"):
     if trainer.rank:
         return 0  # the first process evaluates and reports
     best = make_env().best_return
-    result = summarize(ppo.evaluate(make_env, agent, 100, EVALUATION_SEED, config.gamma))
+    result = summarize(ppo.evaluate(make_env, agent, episodes, EVALUATION_SEED, config.gamma))
     run.write("summary.json", {"env": config.env, "task": make_env().task, "model": config.model, "normalization": config.norm,
                                "seed": config.seed, "steps": trainer.steps, "training_episodes": trainer.episodes, **result,
-                               "best_return": best, "seconds": round(time.perf_counter() - start, 1)})
+                               "best_return": best, "resumed": run.resumed, "seconds": round(time.perf_counter() - start, 1)})
     low, high = result["return_interval"]
     print(f"final evaluation, {result['episodes']} episodes: return {result['return']:.4f} (95 % interval {low:.4f} to {high:.4f}"
           + (f"; best possible {best:.4f})" if best is not None else ")") + f", success {result['success']:.0%}, {time.perf_counter() - start:.0f} s in all")
@@ -345,12 +345,13 @@ def tasks_named(env, task):
 
 
 def arguments(argv):
-    """Parse the command line into (Config, modes). A typo, a wrong type or an unknown choice is one line and exit code 2."""
+    """Parse the command line: (Config, modes, fields given). A typo, a wrong type or an unknown choice is a ConfigError of one line."""
     class Parser(argparse.ArgumentParser):
         def error(self, message):
             raise ppo.ConfigError(message + "; python twosome.py --help lists every flag")
 
-    parser = Parser(prog="twosome.py", allow_abbrev=False, description="TWOSOME: align an LLM with an embodied environment through PPO.")
+    parser = Parser(prog="twosome.py", allow_abbrev=False, description="TWOSOME: align an LLM with an embodied environment through PPO.",
+                    epilog="In brackets: the default for pocket_lm on the tomato salad. Other tasks and presets set their own; a run's config.json holds what it used.")
     first = ("env", "task", "norm", "model", "steps", "seed", "out")
     for field in sorted(dataclasses.fields(Config), key=lambda field: field.name not in first):
         parser.add_argument("--" + field.name.replace("_", "-"), type=field.type, default=None,
@@ -360,7 +361,7 @@ def arguments(argv):
     parser.add_argument("--from", metavar="CHECKPOINT", default="last", help="with --resume: the checkpoint to go on from, such as checkpoint-40 (the newest)")
     parser.add_argument("--eval", metavar="RUN", nargs="?", const="", help="evaluate a finished run, or without RUN the untrained model, on --task (or all)")
     parser.add_argument("--tokens", metavar="PHRASE", nargs="+", help="show how --model splits phrases, and their log-probabilities; learn nothing")
-    parser.add_argument("--episodes", type=int, default=100, help="episodes of an evaluation (100)")
+    parser.add_argument("--episodes", type=int, default=100, help="episodes of each evaluation, the one after training too (100)")
     options = vars(parser.parse_args(argv))
     modes = {name: options.pop(name) for name in ("preset", "resume", "from", "eval", "tokens", "episodes")}
     given = {name: value for name, value in options.items() if value is not None}
@@ -380,6 +381,17 @@ def arguments(argv):
     return config, modes, given
 
 
+def config_of(folder, given):
+    """The Config of a run. It keeps its own settings, but for the device: a run may have come from another machine."""
+    config = runs.fill(Config, runs.read_config(folder))
+    other = [name for name in given if name != "device"]
+    if other:
+        raise ppo.ConfigError(f"a run keeps its own settings; leave out --{', --'.join(other).replace('_', '-')}")
+    config = dataclasses.replace(config, **given)
+    config.validate()
+    return config
+
+
 def join_processes():
     """Under torchrun or accelerate launch, meet the other processes: gradients travel by nccl between GPUs, by gloo between CPUs.
     Returns this process's rank; only the first (0) prints and writes."""
@@ -396,7 +408,11 @@ def join_processes():
 def main(argv=None):
     """The command. Returns the exit code: 0, 1 (the machine failed), 2 (bad input), 130 or 143 (stopped by a signal)."""
     run, rank = None, join_processes()
-    line = lambda error, hint: None if rank and not run else print("twosome.py: " + " ".join(str(error).split()) + (f"; {run.hint()}" if run and hint else ""), file=sys.stderr)
+
+    def line(error, hint):
+        if run or not rank:  # bad input is the same for every process: the first one says it
+            print("twosome.py: " + " ".join(str(error).split()) + (f"; {run.hint()}" if run and hint else ""), file=sys.stderr)
+
     try:
         config, modes, given = arguments(argv)
         if rank and (modes["tokens"] or modes["eval"] is not None):
@@ -406,19 +422,17 @@ def main(argv=None):
             return 0
         if modes["eval"] is not None:
             if modes["eval"]:
-                config = runs.fill(Config, runs.read_config(modes["eval"]))
-                config.validate()
+                config = config_of(modes["eval"], given)
             return evaluate(modes["eval"], modes["tasks"] or [(config.env, config.task)], modes["episodes"], config)
         if modes["resume"] is not None:
-            config = runs.fill(Config, runs.read_config(modes["resume"]))
-            config.validate()
+            config = config_of(modes["resume"], given)
             run = None if rank else runs.Run.open(modes["resume"])
         agent, make_env = build(config)  # before a new folder is made: what cannot be built leaves none
         if not run and not rank:
             run = runs.Run.create(config.out or runs.free_name("runs", f"{config.task}-seed{config.seed}"), dataclasses.asdict(config))
         folder, resumed = ppo.gather(run and (run.folder, run.resumed))[0]
         run = run or runs.Follower(folder, resumed)
-        return train(config, run, agent, make_env, modes["from"])
+        return train(config, run, agent, make_env, modes["from"], modes["episodes"])
     except (OSError, ArithmeticError) as error:  # before ERRORS: a NonFiniteScores is both
         line(error, hint=True)
         return 1
@@ -426,6 +440,9 @@ def main(argv=None):
         line(error, hint=False)  # the message says all
         return 2
     except RuntimeError as error:
+        if "out of memory" in str(error) or "t allocate memory" in str(error):
+            line(f"{str(error).splitlines()[0]}; use a smaller model, --dtype bfloat16 or --load-in 4bit", hint=True)
+            return 1
         if ppo.processes()[1] == 1:
             raise
         line(f"another process has ended, so process {rank} ends too ({str(error).splitlines()[0][:100]})", hint=True)

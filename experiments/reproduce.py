@@ -1,15 +1,16 @@
-"""Learn the four tasks with seeds 1 to 5 and measure what the README claims; every figure there comes from this command.
+"""Learn the four tasks with seeds 1 to 5 and measure what the README says of learning; its figures of speed come from bench.py.
 
   python experiments/reproduce.py                       # everything; about an hour on two cores
-  python experiments/reproduce.py --seeds 1 --tasks tomato-salad
-  python experiments/reproduce.py --report              # only write the tables again, from the runs that are there
+  python experiments/reproduce.py --seeds 1 --tasks tomato-salad --out /tmp/one
+  python experiments/reproduce.py --report              # train nothing: evaluate the finished runs again and write the tables
 
 Each run is the README's own command, `python twosome.py --env ... --task ... --seed ...`, in a process of its own on one core;
-runs that are finished are kept, so a stopped campaign goes on where it was. Leaves experiments/results/learning.json, .md and .png.
+runs that are finished are kept, so a stopped campaign goes on where it was. Leaves learning.json, .md and .png in --out.
 The presets were tuned on seeds 101 to 104; seeds 1 to 5 were run once, by this file.
 """
 import argparse
 import concurrent.futures
+import functools
 import json
 import os
 import subprocess
@@ -55,6 +56,7 @@ class Random:
         return [torch.full((count,), -np.log(count)) for count in items]
 
 
+@functools.cache
 def prior(task, episodes=1000):
     """The untrained LLM and the random policy on a task: {"untrained": summary, "random": summary}."""
     config, *_ = twosome.arguments(["--env", TASKS.get(task, "virtualhome"), "--task", task])
@@ -87,7 +89,7 @@ def tables(result):
         mean, half = across(row["returns"])
         lines.append(f"| {task} | {row['steps']:,} | {', '.join(f'{value:.3f}' for value in row['returns'])} | {mean:.3f} ± {half:.3f} | {row['best']:.4f} | "
                      f"{np.mean(row['successes']):.0%} | {row['untrained']['return']:.3f} ({row['untrained']['success']:.1%}) | "
-                     f"{row['random']['return']:.3f} ({row['random']['success']:.1%}) | {min(row['seconds']):.0f} to {max(row['seconds']):.0f} |")
+                     f"{row['random']['return']:.3f} ({row['random']['success']:.1%}) | {min(row['seconds'], default=float('nan')):.0f} to {max(row['seconds'], default=float('nan')):.0f} |")
     for source, rows in result["transfer"].items():
         lines += ["", f"| the {source} agent, untrained for | success of each seed | mean return | untrained LLM: success | return |", "|---|---|---|---|---|"]
         for task, row in rows.items():
@@ -123,7 +125,8 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, one core each")
-    parser.add_argument("--report", action="store_true", help="run nothing; write the tables from the finished runs")
+    parser.add_argument("--report", action="store_true", help="train nothing; evaluate the finished runs again and write the tables")
+    parser.add_argument("--out", default=RESULTS, help="folder of the tables and the picture")
     options = parser.parse_args()
     torch.set_num_threads(1)
     jobs = [(task, seed) for task in options.tasks for seed in options.seeds]
@@ -134,20 +137,23 @@ def main():
                     sys.exit(f"{task}, seed {seed}: exit code {code}; run it alone to see why: python twosome.py --env {TASKS[task]} --task {task} --seed {seed}")
     result = {"seeds": options.seeds, "tasks": {}, "transfer": {}}
     for task in options.tasks:
-        summaries = [runs.read_json(os.path.join(run_folder(task, seed), "summary.json")) for seed in options.seeds]
+        try:
+            summaries = [runs.read_json(os.path.join(run_folder(task, seed), "summary.json")) for seed in options.seeds]
+        except runs.RunError as error:
+            sys.exit(f"{task}: a seed's run is not finished ({error}); leave out --report")
         result["tasks"][task] = {"steps": summaries[0]["steps"], "best": summaries[0]["best_return"], "returns": [s["return"] for s in summaries],
-                                 "successes": [s["success"] for s in summaries], "seconds": [s["seconds"] for s in summaries], **prior(task)}
+                                 "successes": [s["success"] for s in summaries], "seconds": [s["seconds"] for s in summaries if not s["resumed"]], **prior(task)}
     for source, tasks in (("food-preparation", UNSEEN + ("entertainment",)), ("entertainment", UNSEEN + ("food-preparation",))):
         if source in options.tasks:
             seen = [transfer(source, seed, tasks) for seed in options.seeds]
             result["transfer"][source] = {task: {"returns": [each[task]["return"] for each in seen], "successes": [each[task]["success"] for each in seen], **prior(task)}
                                           for task in tqdm(tasks, desc=source, unit="task")}
-    os.makedirs(RESULTS, exist_ok=True)
-    with open(os.path.join(RESULTS, "learning.json"), "wb") as file:
+    os.makedirs(options.out, exist_ok=True)
+    with open(os.path.join(options.out, "learning.json"), "wb") as file:
         file.write(runs.to_json(result, indent=1))
-    with open(os.path.join(RESULTS, "learning.md"), "w") as file:
+    with open(os.path.join(options.out, "learning.md"), "w") as file:
         file.write(tables(result))
-    picture(result, os.path.join(RESULTS, "learning.png"))
+    picture(result, os.path.join(options.out, "learning.png"))
     print(tables(result))
 
 

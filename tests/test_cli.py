@@ -59,6 +59,12 @@ def test_evaluation_prints_the_untrained_llm_beside_the_run(finished, capsys):
     assert "overcooked/tomato-salad" in capsys.readouterr().out
 
 
+def test_a_run_keeps_its_own_settings(finished, capsys):
+    for flags in (["--eval", finished[0], "--norm", "token"], ["--resume", finished[0], "--steps", "99999"]):
+        assert twosome.main(flags) == 2
+        assert f"own settings; leave out {flags[2]}" in capsys.readouterr().err
+
+
 def test_every_task_is_meant_by_all():
     named = twosome.tasks_named(None, "all")
     assert ("virtualhome", "laundry") in named and ("overcooked", "onion-salad") in named and len(named) == 15
@@ -93,10 +99,10 @@ BAD = [
     (["--steps", "0"], "between 1 and"), (["--num-envs", "-4"], "between 1 and"), (["--rollout-steps", "0"], "between 1 and"),
     (["--minibatch", "48"], "divide"), (["--gradient-accumulation", "5"], "divide"), (["--steps", "many"], "invalid int"),
     (["--stepz", "3"], "unrecognized"), (["--gamma", "1.5"], "between 0 and 1"), (["--policy-lr", "nan"], "positive"), (["--seed", "-1"], "seed"),
-    (["--lora-rank", "0"], "at least 1"), (["--lora-targets", "nothing_proj"], "q_proj"), (["--device", "abacus"], "cpu"),
+    (["--lora-rank", "0"], "between 1 and"), (["--lora-targets", "nothing_proj"], "q_proj"), (["--device", "abacus"], "cpu"),
     (["--dtype", "float8"], "float32"), (["--load-in", "2bit"], "4bit"), (["--eval", "no/such/run"], "no/such/run"),
     (["--resume", "no/such/run"], "no/such/run"), (["--eval", "--task", "flying"], "unknown task"), (["--eval", "--episodes", "0"], "at least 1"),
-    (["--tokens", " "], "empty"), (["--tokens", "go on", "go on"], "same tokens"),
+    (["--eval", "no/such/run", "--norm", "sum"], "no/such/run"), (["--tokens", " "], "empty"), (["--tokens", "go on", "go on"], "same tokens"),
 ]
 
 

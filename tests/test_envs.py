@@ -1,6 +1,7 @@
 """The environments against what the paper's rules say by hand, against exhaustive search, and against recordings where they lie."""
 import json
 import math
+import os
 import pathlib
 import random
 import subprocess
@@ -12,7 +13,7 @@ from conftest import reachable
 import envs
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-RECORDINGS = ROOT.parent / "shared" / "golden" / "check.py"
+RECORDINGS = pathlib.Path(os.environ.get("TWOSOME_RECORDINGS", ROOT.parent / "shared/golden")) / "check.py"
 EVERY_TASK = [(name, task) for name, tasks in envs.TASKS.items() for task in tasks]
 DISTINCT = [("overcooked", "tomato-salad"), ("overcooked", "tomato-lettuce-salad"),
             ("virtualhome", "food-preparation"), ("virtualhome", "entertainment")]

@@ -77,10 +77,10 @@ def test_the_self_check_notices_a_wrong_mask_and_falls_back(mutation, monkeypatc
     model = adapted(tiny.model(name))
     reference = values_and_gradients(scoring.score_actions_naive, model)
     with pytest.warns(UserWarning, match="one row a phrase"):
-        assert deviation(values_and_gradients(scoring.score_actions, model), reference) < (1e-4, 1e-4)
+        assert max(deviation(values_and_gradients(scoring.score_actions, model), reference)) < 1e-4
     monkeypatch.setattr(scoring, "_self_check", lambda *arguments: None)  # and without the check, this file's comparison would see it
     monkeypatch.setattr(scoring, "_layouts", {})
-    assert deviation(values_and_gradients(scoring.score_actions, model), reference) > (1e-2, 1e-2)
+    assert min(deviation(values_and_gradients(scoring.score_actions, model), reference)) > 1e-2
     scoring.pack.cache_clear()
 
 
@@ -148,11 +148,12 @@ def test_tokenizers(kind):
     tokenizer = tiny.TOKENIZERS[kind]()
     model = adapted(tiny.model("llama"))
     reference = values_and_gradients(scoring.score_actions_naive, model, tokenizer)
-    assert deviation(values_and_gradients(scoring.score_actions, model, tokenizer), reference) < (1e-4, 1e-4)
+    assert max(deviation(values_and_gradients(scoring.score_actions, model, tokenizer), reference)) < 1e-4
     scores = scoring.score_actions(model, tokenizer, tiny.PROMPTS, tiny.PHRASES)
     assert all(row.exp().sum().item() == pytest.approx(1, abs=1e-5) for row in scores)
     for side in ("left", "right"):  # must not matter
         tokenizer.padding_side = side
+        scoring.tokenize.cache_clear(), scoring.pack.cache_clear()
         assert all(torch.equal(a, b) for a, b in zip(scores, scoring.score_actions(model, tokenizer, tiny.PROMPTS, tiny.PHRASES)))
     for prompt, actions in zip(tiny.PROMPTS, tiny.PHRASES):
         prompt_ids, tails = scoring.tokenize(tokenizer, prompt, tuple(actions))
