@@ -214,8 +214,8 @@ def kill_at(process, folder, mode, rng, updates, length):
     return alive and process.returncode == -signal.SIGKILL
 
 
-def campaign(runner, argv, kills, seed, parent, say=print):
-    """Kill until `kills` kills have met a living process. Returns the figures, a dict."""
+def campaign(runner, argv, kills, seed, parent, say=print, keep=lambda figures: None):
+    """Kill until `kills` kills have met a living process. Returns the figures, a dict; keep(figures) is called after each run."""
     rng = random.Random(seed)
     whole = os.path.join(parent, "whole")
     began = time.perf_counter()
@@ -264,8 +264,20 @@ def campaign(runner, argv, kills, seed, parent, say=print):
             shutil.rmtree(folder)
         figures["tracebacks"] += sum("Traceback" in output for output in outputs)
         say(f"{figures['kills']} kills in {figures['runs']} runs: {figures['lost']} lost, {figures['differing']} differing")
-    figures["seconds"] = round(time.perf_counter() - began, 1)
+        figures["seconds"] = round(time.perf_counter() - began, 1)
+        keep(figures)
     return figures
+
+
+def keep(figures, base):
+    """Write the figures so far to base.json and base.md."""
+    os.makedirs(os.path.dirname(base), exist_ok=True)
+    with open(f"{base}.json", "w") as file:
+        json.dump(figures, file, indent=2)
+    with open(f"{base}.md", "w") as file:
+        file.write(f"# Killed and resumed: `{figures['command']}`\n\n| figure | value |\n|---|---|\n")
+        for key, value in figures.items():
+            file.write(f"| {key.replace('_', ' ')} | {', '.join(f'{k} {v}' for k, v in value.items()) if isinstance(value, dict) else value} |\n")
 
 
 def main():
@@ -280,18 +292,10 @@ def main():
         return serve()
     runner = Fork() if options.fork else Command()
     argv = ["--env", "overcooked", "--num-envs", "4", "--rollout-steps", "16", "--minibatch", "32", "--steps", "1280", "--checkpoint-every", "3"]
+    base = os.path.join(ROOT, "experiments", "results", "kill_campaign_fork" if options.fork else "kill_campaign")
     with tempfile.TemporaryDirectory() as parent:
-        figures = campaign(runner, argv, options.kills, options.seed, parent)
+        figures = campaign(runner, argv, options.kills, options.seed, parent, keep=lambda figures: keep(figures, base))
     runner.close()
-    results = os.path.join(ROOT, "experiments", "results")
-    os.makedirs(results, exist_ok=True)
-    name = "kill_campaign_fork" if options.fork else "kill_campaign"
-    with open(os.path.join(results, f"{name}.json"), "w") as file:
-        json.dump(figures, file, indent=2)
-    with open(os.path.join(results, f"{name}.md"), "w") as file:
-        file.write(f"# Killed and resumed: `{figures['command']}`\n\n| figure | value |\n|---|---|\n")
-        for key, value in figures.items():
-            file.write(f"| {key.replace('_', ' ')} | {', '.join(f'{k} {v}' for k, v in value.items()) if isinstance(value, dict) else value} |\n")
     print(json.dumps(figures, indent=2))
     return int(figures["lost"] + figures["differing"] + figures["torn_metrics"] + figures["tracebacks"] > 0)
 
