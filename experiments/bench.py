@@ -1,10 +1,11 @@
 """Speed, measured side by side: the published way of TWOSOME (arXiv 2401.14151) against ours, in one run, in turn.
 
-  python experiments/bench.py                   # every part and a whole PPO iteration, both ways -> results/bench.md, .json
-  python experiments/bench.py --profile         # where the time of a default run goes            -> results/profile.json
-  python experiments/bench.py --cost-model      # how an iteration's cost grows (cost_model.py)   -> results/cost_model.png, .json
-  python experiments/bench.py --processes       # two processes against one                       -> results/processes.json
-  python experiments/bench.py --shape 7b        # LLaMA-7B's shape in bfloat16, on a CUDA GPU      -> results/bench-7b.md, .json
+  python experiments/bench.py                   # the first three, about six minutes on two cores; tables and JSON in results/
+  python experiments/bench.py --compare         # every part and a whole PPO iteration, both ways
+  python experiments/bench.py --profile         # where the time of a default run goes
+  python experiments/bench.py --processes       # two processes against one
+  python experiments/bench.py --cost-model      # how an iteration's cost grows, and with what (cost_model.py)
+  python experiments/bench.py --shape 7b        # --compare at LLaMA-7B's shape in bfloat16, on a CUDA GPU
 
 The published way is our own plain writing of it (class Published): one full sequence an action, those of a call's prompts as
 the rows of one padded batch; logits at every position and a float32 log-softmax over all of them; a pass of the whole LLM with
@@ -17,11 +18,9 @@ Axes: B prompts, A actions, S tokens of a sequence, H hidden, V vocabulary, L la
 """
 import argparse
 import contextlib
-import csv
 import dataclasses
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -38,13 +37,26 @@ import models  # noqa: E402
 import ppo  # noqa: E402
 import scoring  # noqa: E402
 import twosome  # noqa: E402
+from measure import Clock, Count, cost, machine, matmul_peak, timed  # noqa: E402
 
 RESULTS = os.path.join(ROOT, "experiments", "results")
 PUBLISHED_SIZES = ppo.Config(num_envs=4, rollout_steps=32, minibatch=32, epochs=1)
-SHAPES = {  # random weights, made on the device; "" loads --model instead
-    "7b": dict(),  # transformers' default LlamaConfig is LLaMA-7B's
-    "tiny": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4, vocab_size=1024),
-}
+SHAPES = {"7b": {}}  # random weights, made on the device. transformers' default LlamaConfig is LLaMA-7B's
+SHAPES["tiny"] = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4, vocab_size=1024)
+
+
+def load(shape="", model="pocket_lm"):
+    """An Agent at a shape (a name in SHAPES, or sizes) with random weights, bfloat16 on a GPU; or of a model, as twosome.py builds it."""
+    if not shape:
+        return twosome.build(twosome.arguments(["--model", model])[0])[0]
+    torch.manual_seed(0)
+    device = models.choose_device()
+    # The tokenizer is the embedded model's: its ids fit any larger vocabulary, and it cuts a text in more tokens than LLaMA's own.
+    tokenizer = transformers.AutoTokenizer.from_pretrained(twosome.model_path(model))
+    with torch.device(device):
+        made = transformers.AutoModelForCausalLM.from_config(
+            transformers.LlamaConfig(**(SHAPES[shape] if isinstance(shape, str) else shape)), dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    return twosome.Agent(made.eval().requires_grad_(False), tokenizer)
 
 
 class Published(twosome.Agent):
@@ -81,134 +93,6 @@ class Published(twosome.Agent):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Measuring
-
-def load(shape="", model="pocket_lm"):
-    """An Agent at a shape (a name in SHAPES, or sizes) with random weights, bfloat16 on a GPU; or with the model of that name or path."""
-    torch.manual_seed(0)
-    device = models.choose_device()
-    path = os.path.join(ROOT, model) if model == "pocket_lm" else model
-    if not shape:
-        return twosome.Agent(*models.load(path, device=str(device)))
-    # The tokenizer is the embedded model's: its ids fit any larger vocabulary, and it cuts a text in more tokens than LLaMA's own.
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    with torch.device(device):
-        made = transformers.AutoModelForCausalLM.from_config(
-            transformers.LlamaConfig(**(SHAPES[shape] if isinstance(shape, str) else shape)), dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
-    return twosome.Agent(made.eval().requires_grad_(False), tokenizer)
-
-
-def timed(work, device):
-    """(wall seconds of work(), what it returned), the device's queue emptied before and after."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    start = time.perf_counter()
-    result = work()
-    wait()
-    return time.perf_counter() - start, result
-
-
-def matmul_peak(device, dtype):
-    """FLOP/s of the best square matrix product: the most that this machine gives any model."""
-    best = 0
-    for n in (4096, 8192, 16384) if device.type == "cuda" else (256, 512, 1024, 1536):
-        a, b = torch.randn(2, n, n, device=device, dtype=dtype)
-        a @ b
-        best = max(best, 2 * n ** 3 / min(timed(lambda: a @ b, device)[0] for _ in range(20)))
-    return best
-
-
-class Count:
-    """Counts, while it is entered, what goes through an agent's LLM: tokens computed (pads too), calls, FLOPs.
-
-    A token costs 2 FLOPs a weight of the L layers, a logit row 2 H V, and attention 4 H L for each earlier position of its
-    sequence. Backwards, frozen weights need the gradient of their input alone: as much again; attention needs it twice.
-    """
-
-    def __init__(self, agent):
-        self.model, config = agent.model.get_base_model(), agent.model.config.get_text_config()
-        self.layer_weights = sum(p.numel() for name, p in self.model.named_parameters() if ".layers." in name and p.dim() == 2)
-        self.attention = 4 * config.hidden_size * config.num_hidden_layers
-        self.row = 2 * config.hidden_size * config.vocab_size
-
-    def __enter__(self):
-        self.tokens = self.calls = self.flops = 0
-        self.hooks = [self.model.get_input_embeddings().register_forward_pre_hook(self.body),
-                      self.model.get_output_embeddings().register_forward_pre_hook(self.head)]
-        return self
-
-    def __exit__(self, *error):
-        for hook in self.hooks:
-            hook.remove()
-
-    def body(self, module, args):
-        (B, S), grad = args[0].shape, torch.is_grad_enabled()
-        self.calls, self.tokens = self.calls + 1, self.tokens + B * S
-        self.flops += (2 if grad else 1) * 2 * self.layer_weights * B * S + (3 if grad else 1) * self.attention * B * S * (S + 1) // 2
-
-    def head(self, module, args):
-        self.flops += (2 if torch.is_grad_enabled() else 1) * self.row * args[0].shape[:-1].numel()
-
-
-def cost(work, agent):
-    """(np.array([seconds, tokens, FLOPs]) of work(), what it returned). Counting takes two calls of Python a forward."""
-    with Count(agent) as count:
-        seconds, result = timed(work, agent.model.device)
-    return np.array([seconds, count.tokens, count.flops]), result
-
-
-class Clock:
-    """Splits the time of a run by what is running: time inside a watched function that no other watched one accounts for."""
-
-    def __init__(self):
-        self.spent, self.stack, self.last, self.undo = {}, ["rest"], time.perf_counter(), []
-
-    def switch(self):
-        now = time.perf_counter()
-        self.spent[self.stack[-1]] = self.spent.get(self.stack[-1], 0.0) + now - self.last
-        self.last = now
-
-    def watch(self, owner, name, label):
-        """Account calls of owner.name to `label`, a str or a function of the labels of the watched calls around it."""
-        inner = getattr(owner, name)
-
-        def timed(*args, **options):
-            self.switch()
-            self.stack.append(label(self.stack) if callable(label) else label)
-            try:
-                return inner(*args, **options)
-            finally:
-                self.switch()
-                self.stack.pop()
-        self.undo.append((owner, name, inner))
-        setattr(owner, name, timed)
-
-    def stop(self):
-        self.switch()
-        for owner, name, inner in reversed(self.undo):
-            setattr(owner, name, inner)
-
-
-@contextlib.contextmanager
-def watching():
-    """A Clock over everything that trains: the model's passes, and what is left over around them."""
-    clock = Clock()
-    base = transformers.PreTrainedModel  # every pass of an LLM goes through its __call__, the backbone's inside the whole
-    clock.watch(base, "__call__", "model forward")
-    clock.watch(torch.Tensor, "backward", lambda stack: "critic update" if "critic update" in stack else "model backward")
-    for owner, name, label in (
-            (twosome.Agent, "log_probs", "scoring around the model"), (twosome.Agent, "values", "critic MLP"),
-            (twosome.Agent, "encode", "rendering"), (ppo, "act", "environments"), (ppo, "sample", "sampling"), (ppo.PPO, "rollout", "rollout, the rest"),
-            (ppo.PPO, "update_critic", "critic update"), (ppo.PPO, "update_policy", "policy update, the rest"), (ppo.PPO, "step", "optimisers"),
-            (ppo, "evaluate", "final evaluation, the rest"), (ppo.PPO, "iterate", "iteration, the rest"), (twosome, "build", "loading the model")):
-        clock.watch(owner, name, label)
-    try:
-        yield clock
-    finally:
-        clock.stop()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The published way against ours
 
 class Timed(ppo.PPO):
@@ -219,8 +103,10 @@ class Timed(ppo.PPO):
         return self.last
 
 
-def compare(agent, task, repeats, defaults=True):
-    """Time every part both ways, in turn, and print a row for each. Returns JSON-able facts."""
+def compare(options):
+    """Time every part both ways, in turn; print a row for each and write the table. Returns JSON-able facts."""
+    agent, task, repeats = load(options.shape, options.model), options.task, options.repeats
+    torch.set_num_threads(options.threads) if options.threads else None
     device, old = agent.model.device, Published(agent)
     peak, make_env = matmul_peak(device, agent.model.dtype), lambda: envs.make("overcooked", task=task)
     weights = agent.policy_parameters() + agent.value_parameters()
@@ -279,11 +165,12 @@ def compare(agent, task, repeats, defaults=True):
         ("critic, prompts met before", lambda: critic(agent, False), lambda: critic(old, False)),
         ("PPO iteration, published sizes", lambda: iterate(*both), lambda: iterate(*both[::-1])),
     ]
-    if defaults:
+    if not options.shape:
         config = twosome.arguments(["--env", "overcooked", "--task", task])[0]
         mine = trainers(config)
         parts.append((f"PPO iteration, defaults ({config.num_envs} x {config.rollout_steps}, minibatch {config.minibatch}, epochs {config.epochs})",
                       lambda: iterate(*mine), lambda: iterate(*mine[::-1])))
+    print(HEADER)
     rows = []
     for name, *ways in parts:
         memory = []
@@ -301,26 +188,46 @@ def compare(agent, task, repeats, defaults=True):
                              "peak_share": float(np.median(flops[:, way] / seconds[:, way] / peak)), "memory_gb": memory[way]}
             rows.append(row)
             print(markdown(row), flush=True)
-    return {"task": task, "parameters": sum(p.numel() for p in agent.model.get_base_model().parameters()), "dtype": str(agent.model.dtype),
+    with open(os.path.join(options.out, f"compare{'-' * bool(options.shape)}{options.shape}.md"), "w") as file:
+        file.write("\n".join([HEADER, *map(markdown, rows)]) + "\n")
+    return {"task": task, "threads": torch.get_num_threads(), "parameters": sum(p.numel() for p in agent.model.get_base_model().parameters()), "dtype": str(agent.model.dtype),
             "matmul_peak_gflops": peak / 1e9, "largest_difference_of_metrics": gaps, "rows": rows}
 
 
-HEADER = """| part | ours, ms | published, ms | times faster (quartiles) | tokens ours / published | matmul peak reached ours / published |
-|---|---:|---:|---:|---:|---:|"""
+HEADER = """| part | ours, ms | published, ms | times faster (quartiles) | tokens ours / published | matmul peak reached | peak memory |
+|---|---:|---:|---:|---:|---:|---:|"""
 
 
 def markdown(row):
     """A line of the table."""
     ours, published = row["ours"], row["published"]
     tokens, share, memory = ([form.format(side[key]) for side in (ours, published)] for key, form in (
-        ("tokens", "{:,}"), ("peak_share", "{:.0%}"), ("memory_gb", "{:.0f} GB" if ours["memory_gb"] else "")))
+        ("tokens", "{:,}"), ("peak_share", "{:.0%}"), ("memory_gb", "{:.0f} GB" if ours["memory_gb"] else "-")))  # a GPU's alone
     return (f"| {row['part']} | {1e3 * ours['seconds']:.1f} | {1e3 * published['seconds']:.1f} | {row['ratio']:.1f}"
-            f" ({row['ratio_quartiles'][0]:.1f} to {row['ratio_quartiles'][1]:.1f}) | {' / '.join(tokens)} | {' / '.join(share)} |"
-            + (f" {' / '.join(memory)} |" if ours["memory_gb"] else ""))
+            f" ({row['ratio_quartiles'][0]:.1f} to {row['ratio_quartiles'][1]:.1f}) | {' / '.join(tokens)} | {' / '.join(share)} | {' / '.join(memory)} |")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Where the time goes
+
+@contextlib.contextmanager
+def watching():
+    """A Clock over everything that trains: the model's passes, and what is left over around them."""
+    clock = Clock()
+    base = transformers.PreTrainedModel  # every pass of an LLM goes through its __call__, the backbone's inside the whole
+    clock.watch(base, "__call__", "model forward")
+    clock.watch(torch.Tensor, "backward", lambda stack: "critic update" if "critic update" in stack else "model backward")
+    for owner, name, label in (
+            (twosome.Agent, "log_probs", "scoring around the model"), (twosome.Agent, "values", "critic MLP"),
+            (twosome.Agent, "encode", "rendering"), (ppo, "act", "environments"), (ppo, "sample", "sampling"), (ppo.PPO, "rollout", "rollout, the rest"),
+            (ppo.PPO, "update_critic", "critic update"), (ppo.PPO, "update_policy", "policy update, the rest"), (ppo.PPO, "step", "optimisers"),
+            (ppo, "evaluate", "final evaluation, the rest"), (ppo.PPO, "iterate", "iteration, the rest"), (twosome, "build", "loading the model")):
+        clock.watch(owner, name, label)
+    try:
+        yield clock
+    finally:
+        clock.stop()
+
 
 def profile(options):
     """Run `twosome.py` as a newcomer does, in a folder that is thrown away, under the clock."""
@@ -343,62 +250,63 @@ def profile(options):
 # Several processes
 
 def processes(options):
-    """Steps a second of one process on one core and of two on two, in turn, by twosome.py itself."""
-    rates = []
-    with tempfile.TemporaryDirectory() as folder:
-        for turn in range(options.repeats):
+    """Steps a second of PPO iterations in one process on one core and in two on two, in turn."""
+    facts = {}
+    for task, iterations in (("tomato-salad", 8), ("tomato-lettuce-salad", 3)):
+        pairs = []
+        for _ in range(options.repeats):
+            pairs.append([])
             for count in (1, 2):
-                out = os.path.join(folder, f"{turn}-{count}")
-                command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), os.path.join(ROOT, "twosome.py"),
-                           "--model", options.model, "--task", options.task, "--steps", str(options.steps or 5120), "--device", "cpu", "--out", out]
-                subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
-                with open(os.path.join(out, "metrics.csv"), newline="") as file:
-                    speeds = [float(row["steps_per_second"]) for row in csv.DictReader(file)]
-                rates.append({"processes": count, "steps_per_second": float(np.median(speeds))})
-                print(rates[-1], flush=True)
-    ratios = [two["steps_per_second"] / one["steps_per_second"] for one, two in zip(rates[::2], rates[1::2])]
-    print(f"two processes on two cores: {np.median(ratios):.2f} times the steps a second of one on one ({min(ratios):.2f} to {max(ratios):.2f})")
-    return {"rates": rates, "ratio": float(np.median(ratios)), "ratios": ratios}
+                command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), os.path.abspath(__file__),
+                           "--worker", str(iterations), "--task", task, "--model", options.model]
+                done = subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True)
+                pairs[-1].append(float(done.stdout.split()[-1]))
+        ratios = [two / one for one, two in pairs]
+        print(f"{task}: two processes on two cores take {np.median(ratios):.2f} times the steps a second of one on one ({min(ratios):.2f} to {max(ratios):.2f})")
+        facts[task] = {"steps_per_second": pairs, "ratio": float(np.median(ratios)), "ratios": ratios}
+    return facts
+
+
+def worker(options):
+    """One of `processes`' processes: train so many iterations after a first, and say the median of steps a second."""
+    twosome.join_processes()
+    config = twosome.arguments(["--task", options.task, "--model", options.model, "--device", "cpu"])[0]
+    agent, make_env = twosome.build(config)
+    trainer = ppo.PPO(make_env, agent, config, config.seed)
+    seconds = [timed(trainer.iterate, agent.model.device)[0] for _ in range(1 + options.worker)][1:]
+    print(config.num_envs * config.rollout_steps / np.median(seconds))  # the first process's: the others' output is silenced
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Speed: the published way against ours.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--compare", action="store_true", help="the published way against ours")
+    parser.add_argument("--profile", action="store_true", help="where the time of a default run goes")
+    parser.add_argument("--processes", action="store_true", help="two processes against one")
+    parser.add_argument("--cost-model", action="store_true", help="what an iteration's cost grows with")
+    parser.add_argument("--shape", default="", choices=("", *SHAPES), help="compare at this shape, with random weights")
     parser.add_argument("--model", default="pocket_lm", help="the model measured, as twosome.py's --model")
     parser.add_argument("--task", default="tomato-salad", help="a task of Overcooked")
-    parser.add_argument("--shape", default="", choices=("", *SHAPES), help="random weights of this shape instead of --model")
-    parser.add_argument("--repeats", type=int, default=5, help="times that each part is measured")
-    parser.add_argument("--steps", type=int, default=0, help="environment steps of --profile (the default run's) and of --processes (5120)")
-    parser.add_argument("--threads", type=int, default=0, help="torch's threads; 0: its own choice")
-    parser.add_argument("--profile", action="store_true", help="where the time of a default run goes")
-    parser.add_argument("--cost-model", action="store_true", help="what an iteration's cost grows with")
-    parser.add_argument("--processes", action="store_true", help="two processes against one")
+    parser.add_argument("--repeats", type=int, default=3, help="times that each part is measured")
+    parser.add_argument("--steps", type=int, default=0, help="environment steps of --profile; 0: the default run's")
+    parser.add_argument("--threads", type=int, default=0, help="torch's threads when comparing; 0: as twosome.py chooses")
     parser.add_argument("--out", default=RESULTS, help="folder of the results")
+    parser.add_argument("--worker", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    torch.set_num_threads(options.threads) if options.threads else None
+    if options.worker:
+        return worker(options)
     os.makedirs(options.out, exist_ok=True)
-    kind = next((name for name in ("profile", "cost_model", "processes") if getattr(options, name)), "bench" + (f"-{options.shape}" if options.shape else ""))
-    facts = {"command": " ".join(["python experiments/bench.py", *(sys.argv[1:] if argv is None else argv)]), **machine()}
-    if kind == "cost_model":
-        import cost_model
-        facts.update(cost_model.measure(options))
-    elif kind in ("profile", "processes"):
-        facts.update({"profile": profile, "processes": processes}[kind](options))
-    else:
-        print(HEADER)
-        facts.update(compare(load(options.shape, options.model), options.task, options.repeats, defaults=not options.shape))
-        with open(os.path.join(options.out, f"{kind}.md"), "w") as file:
-            file.write("\n".join([HEADER, *map(markdown, facts["rows"])]) + "\n")
-    facts["load_after"] = round(os.getloadavg()[0], 2)
-    with open(os.path.join(options.out, f"{kind}.json"), "w") as file:
-        json.dump(facts, file, indent=1)
+    chosen = [name for name in ("compare", "profile", "processes", "cost_model") if getattr(options, name)]
+    for kind in chosen or (["compare"] if options.shape else ["compare", "profile", "processes"]):
+        before = machine()
+        if kind == "cost_model":
+            import cost_model  # it imports this module
+            facts = cost_model.measure(options)
+        else:
+            facts = {"compare": compare, "profile": profile, "processes": processes}[kind](options)
+        name = kind + (f"-{options.shape}" if options.shape else "")
+        with open(os.path.join(options.out, f"{name}.json"), "w") as file:
+            json.dump({"machine": before, "load_after": machine()["load"], **facts}, file, indent=1)
     return 0
-
-
-def machine():
-    """What the figures depend on, and how busy the machine was as they were taken."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    return {"device": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "load_before": round(os.getloadavg()[0], 2),
-            "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 if __name__ == "__main__":

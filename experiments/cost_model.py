@@ -19,7 +19,8 @@ import torch
 import ppo
 import scoring
 import twosome
-from bench import Count, load, timed
+from bench import load
+from measure import Count, timed
 
 BASE = ppo.Config(num_envs=4, rollout_steps=32, minibatch=32, epochs=1, target_kl=0.0)
 WORDS = ("tomato bowl board knife kitchen table oven sofa milk chips salad onion lettuce counter plate cup door room bread cheese apple "
@@ -29,7 +30,7 @@ WORDS = ("tomato bowl board knife kitchen table oven sofa milk chips salad onion
 class Drill:
     """A world of so many prompts, met at random, each with phrases of its own; an episode never ends."""
 
-    def __init__(self, actions=5, phrase=4, prompt=40, distinct=64, seed=0):
+    def __init__(self, actions=5, phrase=4, prompt=20, distinct=16, seed=0):
         rng = np.random.default_rng(seed)
         words = lambda n: " ".join(rng.choice(WORDS, n))
         self.infos = [{"prompt": f"{k} {words(prompt - 1)}", "actions": [f"{first} {words(phrase - 1)}".strip() for first in rng.permutation(WORDS)[:actions]]}
@@ -81,10 +82,10 @@ def predict(agent, items, config, rates, rest=0.0):
 
 def measure(options):
     """Measure iterations along six axes, and predict them from token and FLOP counts and rates measured at the base point."""
-    axes = {"actions": (2, 5, 10, 20), "words a phrase": (1, 4, 8, 16), "words a prompt": (10, 40, 80, 160), "prompts in the world": (4, 16, 64, 256, 1024),
-            "environments": (2, 4, 8, 16), "hidden size": (64, 128, 256, 384)}
+    axes = {"actions": (2, 4, 8, 16), "words a phrase": (1, 2, 4, 8), "words a prompt": (5, 10, 20, 40, 80), "prompts in the world": (4, 16, 64, 256),
+            "environments": (2, 4, 8), "hidden size": (64, 128, 256)}
     agent = load("", options.model)
-    world = lambda **changes: Drill(**{"actions": 5, "phrase": 4, "prompt": 40, "distinct": 64, **changes})
+    world = lambda **changes: Drill(**{"actions": 4, "phrase": 4, "prompt": 20, "distinct": 16, **changes})
     items_of = lambda world: [twosome.describe(info) for info in world.infos]
     keyword = {"actions": "actions", "words a phrase": "phrase", "words a prompt": "prompt", "prompts in the world": "distinct"}
 
@@ -94,9 +95,9 @@ def measure(options):
         def iterate():
             agent._features.clear()
             trainer.iterate()
-        return float(np.median([timed(iterate, agent.model.device)[0] for _ in range(4)][1:]))
+        return float(np.median([timed(iterate, agent.model.device)[0] for _ in range(3)]))
 
-    rates = rates_of(agent, items_of(world()))
+    rates = rates_of(agent, items_of(world(distinct=32)))
     rest = (iteration(agent, world(), BASE) - predict(agent, items_of(world()), BASE, rates)) / (BASE.num_envs * BASE.rollout_steps)
     curves = {}
     for axis, values in axes.items():
@@ -108,7 +109,7 @@ def measure(options):
             if axis == "hidden size":  # how near a model comes to the peak depends on its size: its own rates, of one call
                 model = load(dict(hidden_size=value, intermediate_size=3 * value, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
                                   vocab_size=1024, max_position_embeddings=1024), options.model)
-                own = rates_of(model, items_of(here))
+                own = rates_of(model, items_of(world(distinct=32)))
             curves[axis].append({"value": value, "measured": iteration(model, here, config), "predicted": predict(model, items_of(here), config, own, rest)})
             print(f"{axis:22}{value:6}  measured {curves[axis][-1]['measured']:7.3f} s, predicted {curves[axis][-1]['predicted']:7.3f} s", flush=True)
     plot(curves, os.path.join(options.out, "cost_model.png"))

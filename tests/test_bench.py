@@ -13,6 +13,7 @@ import twosome
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "experiments"))
 import bench  # noqa: E402
 import cost_model  # noqa: E402
+import measure  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def test_the_published_way_is_the_same_policy_and_critic(agent):
 
 def test_tokens_and_flops_are_counted_as_by_hand(agent):
     ids, config = torch.zeros(3, 7, dtype=torch.long), agent.model.config
-    with bench.Count(agent) as count, torch.no_grad():
+    with measure.Count(agent) as count, torch.no_grad():
         agent.model(input_ids=ids, use_cache=False)
     H, L, I, V = config.hidden_size, config.num_hidden_layers, config.intermediate_size, config.vocab_size
     layer = 4 * H * H + 3 * H * I + 2 * 2 * 8 * H  # q, k, v, o; gate, up, down; LoRA of rank 8 on q and v
@@ -55,7 +56,7 @@ def test_a_clock_accounts_for_every_moment_once():
         def inner(self):
             time.sleep(0.03)
 
-    clock, work = bench.Clock(), Work()
+    clock, work = measure.Clock(), Work()
     clock.watch(work, "outer", "outer")
     clock.watch(work, "inner", lambda stack: f"inner of {stack[-1]}")
     start = time.perf_counter()
@@ -67,13 +68,13 @@ def test_a_clock_accounts_for_every_moment_once():
 
 def test_the_whole_benchmark_at_a_tiny_shape(tmp_path, capsys):
     assert bench.main(["--shape", "tiny", "--repeats", "1", "--threads", "1", "--out", str(tmp_path)]) == 0
-    facts = json.load(open(tmp_path / "bench-tiny.json"))
+    facts = json.load(open(tmp_path / "compare-tiny.json"))
     rows = {row["part"]: row for row in facts["rows"]}
     whole = rows["PPO iteration, published sizes"]
     assert whole["ratio"] > 1 and whole["ours"]["tokens"] * 5 < whole["published"]["tokens"]
     assert rows["critic, prompts met before"]["ours"]["tokens"] == 0
     assert max(facts["largest_difference_of_metrics"].values()) < 1e-4  # both ways end an iteration alike
-    assert (tmp_path / "bench-tiny.md").read_text().count("\n") == 2 + len(rows) and "| part |" in capsys.readouterr().out
+    assert (tmp_path / "compare-tiny.md").read_text().count("\n") == 2 + len(rows) and "| part |" in capsys.readouterr().out
 
 
 def test_the_cost_model_counts_what_an_iteration_computes(agent):
