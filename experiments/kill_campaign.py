@@ -181,7 +181,7 @@ def trace(folder):
     for name in ("metrics.csv", "run_config.json", "SHA256SUMS"):  # times, the folder's name, and the sums of both
         del content[name]
     with open(os.path.join(folder, "summary.json")) as file:
-        content["summary"] = {name: value for name, value in json.load(file).items() if name != "seconds"}
+        content["summary"] = {name: value for name, value in json.load(file).items() if name not in ("seconds", "resumed")}
     return content
 
 
