@@ -6,7 +6,7 @@
 
 Each run is the README's own command, `python twosome.py --env ... --task ... --seed ...`, in a process of its own on one core;
 runs that are finished are kept, so a stopped campaign goes on where it was. Leaves learning.json, .md and .png in --out.
-The presets were tuned on seeds 101 to 104; seeds 1 to 5 were run once, by this file.
+The presets were tuned on seeds 101 to 103; seeds 1 to 5 were run once, by this file.
 """
 import argparse
 import concurrent.futures
