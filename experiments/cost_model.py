@@ -127,7 +127,7 @@ def plot(curves, path):
         values = [point["value"] for point in points]
         panel.plot(values, [point["predicted"] for point in points], "--", color="tab:gray", label="predicted")
         panel.plot(values, [point["measured"] for point in points], "o-", label="measured")
-        panel.set(xlabel=axis, xscale="log", yscale="log", xticks=values, xticklabels=values)
+        panel.set(xlabel=axis, xscale="log", yscale="log", xticks=values, xticklabels=values, yticks=(0.3, 1, 3), yticklabels=(0.3, 1, 3))
         panel.minorticks_off()
     panels[0, 0].legend(frameon=False)
     figure.supylabel("seconds of one PPO iteration")
