@@ -180,6 +180,8 @@ def lora_targets(model, targets=None):
 
 def add_lora(model, rank=8, alpha=16, targets=None):
     """The model with a fresh LoRA adapter, the only weights that train. They are float32, whatever the base is in."""
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        raise ModelError("some of the model's weights are offloaded to disk, where neither scores nor gradients are right; load it whole")
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=lora_targets(model, targets), task_type="CAUSAL_LM")
     with quiet():
         adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=True)  # float32 where the base is half

@@ -274,3 +274,8 @@ def test_memory_that_no_split_cures_is_an_error():
     trainer = ppo.PPO(Lottery, Small(0), ppo.Config(steps=32, num_envs=2, rollout_steps=8, minibatch=8), seed=3)
     with pytest.raises(RuntimeError, match="allocate memory"), pytest.warns(UserWarning):
         trainer.iterate()
+
+
+def test_a_model_whose_weights_are_elsewhere_is_refused():
+    with pytest.raises(models.ModelError, match="load it whole"):
+        models.add_lora(tiny.model("llama").to("meta"))
