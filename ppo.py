@@ -264,7 +264,7 @@ class PPO:
         self.updates += 1
         # 6. What happened.
         recent = np.array(self.recent, dtype=float).reshape(-1, 3)
-        mean = recent.mean(0) if len(recent) else (float("nan"),) * 3
+        mean = recent.mean(0).tolist() if len(recent) else [float("nan")] * 3
         return {"update": self.updates, "steps": self.steps, "episodes": self.episodes, "return": mean[0], "success": mean[1],
                 "episode_steps": mean[2], **metrics, "explained_variance": explained.item(), "learning_rate": self.config.policy_lr * left,
                 "skipped": self.skipped}
@@ -336,7 +336,7 @@ class PPO:
             add_up([loss])
             norms.append(self.step(self.value_optimizer, self.agent.value_parameters(), loss.item()))
             losses.append(loss.item())
-        return {"value_loss": np.mean(losses), "value_grad_norm": np.mean(norms)}
+        return {"value_loss": float(np.mean(losses)), "value_grad_norm": float(np.mean(norms))}
 
     def update_policy(self, rollout, advantages):
         """Clipped surrogate minus entropy bonus, with the KL of a whole minibatch checked before its step is taken."""
@@ -354,7 +354,7 @@ class PPO:
                 break
             stats["policy_grad_norm"].append(self.step(self.policy_optimizer, self.agent.policy_parameters(), sums.sum().item()))
             self.agent.policy_changed()
-        return {name: np.mean(stats[name]) if stats[name] else float("nan")
+        return {name: float(np.mean(stats[name])) if stats[name] else float("nan")
                 for name in ("policy_loss", "entropy", "kl", "clip_fraction", "policy_grad_norm")}
 
     def policy_gradient(self, rollout, advantages, batch):

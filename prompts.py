@@ -240,7 +240,7 @@ def lint(prompt, phrases):
         words = phrase.lower().split()
         bare = [word for i, word in enumerate(words) if i and word in nouns and not ARTICLES & set(words[max(0, i - 3):i])]
         if phrase and (bare or not ARTICLES & set(words)):
-            found.append(f"articles: no article before {bare[0] if bare else 'any word'!r} in the phrase {phrase!r}")
+            found.append(f"articles: no article {f'before {bare[0]!r} ' if bare else ''}in the phrase {phrase!r}")
         for article, word in re.findall(r"\b(an?) (\w+)", f"{prompt} {phrase}"):
             if a(word) != f"{article} {word}":
                 found.append(f"articles: '{article} {word}' should be '{a(word)}'")
@@ -249,7 +249,7 @@ def lint(prompt, phrases):
         found.append("step by step: the prompt does not end on a cue for the first or next step")
     for i, phrase in enumerate(phrases):
         for other in phrases[:i]:
-            mine, its = phrase.split(), other.split()
+            mine, its = (text.lower().rstrip(".!?").split() for text in (phrase, other))
             if mine == its:
                 found.append(f"distinguishable: the phrase {phrase!r} stands twice")
             elif len(mine) == len(its) and mine[0] == its[0] and sum(x != y for x, y in zip(mine, its)) == 1:

@@ -193,7 +193,7 @@ class Config(ppo.Config):
     dtype: str = ppo.option("auto", "number format of the frozen weights: auto, float32, bfloat16 or float16")
     device: str = ppo.option("auto", "auto, cuda, mps or cpu")
     load_in: str = ppo.option("", "8bit or 4bit: quantise the frozen weights through bitsandbytes; empty: not")
-    checkpoint_every: int = ppo.option(20, "updates between two checkpoints")
+    checkpoint_every: int = ppo.option(5, "updates between two checkpoints")
 
     def validate(self):
         """Raise ppo.ConfigError, in one line, for a setting that cannot work."""
@@ -277,6 +277,9 @@ def train(config, run, agent, make_env, which="last", episodes=100):
         if turn == min(trainer.rank, 1):
             run.restore(agent, trainer, which)
         ppo.gather(None)
+    if trainer.updates == trainer.total_updates and os.path.exists(os.path.join(run.folder, "summary.json")):
+        print(f"{run.folder} is finished: nothing is left to do; next: python twosome.py --eval {run.folder}")
+        return 0
     print(f"{config.env}/{config.task}, {config.norm} normalisation, seed {config.seed} -> {run.folder}")
     print(agent.preflight(some_states(make_env(), agent), config.minibatch // config.gradient_accumulation)[1])
     total = trainer.total_updates * config.num_envs * config.rollout_steps
@@ -287,7 +290,8 @@ def train(config, run, agent, make_env, which="last", episodes=100):
             seconds = time.perf_counter() - began
             run.log({**metrics, "seconds": round(seconds, 3), "steps_per_second": round((trainer.steps - before) / seconds, 1)})
             bar.update(trainer.steps - before)
-            bar.set_postfix_str(f"return {metrics['return']:.3f}, success {metrics['success']:.0%}", refresh=False)
+            if trainer.episodes:
+                bar.set_postfix_str(f"return {metrics['return']:.3f}, success {metrics['success']:.0%}", refresh=False)
             stop = any(ppo.gather(signals.stop))  # a signal reaches several processes at different moments: they stop together
             if trainer.updates % config.checkpoint_every == 0 or trainer.updates == trainer.total_updates or stop:
                 run.checkpoint(agent, trainer)
@@ -317,7 +321,7 @@ def evaluate(folder, tasks, episodes, config):
     if folder:
         runs.load(folder, agent)
     print(f"{'task':34}{'episodes':>9}  {'return (95 % interval)':27}{'success (95 % interval)':26}" + (f"{'untrained return':>17}{'success':>9}" if folder else ""))
-    for env, task in tqdm(tasks, unit="task", leave=False, disable=len(tasks) == 1):
+    for env, task in tqdm(tasks, unit="task", leave=False, disable=True if len(tasks) == 1 else None):
         gamma = config.gamma if env == config.env else preset("pocket", env, task)["gamma"]
         make_env = lambda: envs.make(env, task=task, gamma=gamma)
         play = lambda: summarize(ppo.evaluate(make_env, agent, episodes, EVALUATION_SEED, gamma))

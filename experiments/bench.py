@@ -35,6 +35,7 @@ sys.path.insert(0, ROOT)
 import envs  # noqa: E402
 import models  # noqa: E402
 import ppo  # noqa: E402
+import runs  # noqa: E402
 import scoring  # noqa: E402
 import twosome  # noqa: E402
 from measure import Clock, Count, cost, machine, matmul_peak, timed  # noqa: E402
@@ -221,7 +222,8 @@ def watching():
             (twosome.Agent, "log_probs", "scoring around the model"), (twosome.Agent, "values", "critic MLP"),
             (twosome.Agent, "encode", "rendering"), (ppo, "act", "environments"), (ppo, "sample", "sampling"), (ppo.PPO, "rollout", "rollout, the rest"),
             (ppo.PPO, "update_critic", "critic update"), (ppo.PPO, "update_policy", "policy update, the rest"), (ppo.PPO, "step", "optimisers"),
-            (ppo, "evaluate", "final evaluation, the rest"), (ppo.PPO, "iterate", "iteration, the rest"), (twosome, "build", "loading the model")):
+            (ppo, "evaluate", "final evaluation, the rest"), (ppo.PPO, "iterate", "iteration, the rest"), (twosome, "build", "loading the model"),
+            (runs.Run, "checkpoint", "checkpoints"), (runs.Run, "log", "metrics.csv")):
         clock.watch(owner, name, label)
     try:
         yield clock
