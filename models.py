@@ -192,7 +192,7 @@ def add_lora(model, rank=8, alpha=16, targets=None):
 # Before training
 
 def preflight(model, trees, samples=32, others=()):
-    """What training will take. trees: the packed prompts of some states (scoring.pack); samples: what one backward pass holds;
+    """What training will take. trees: some states' prompts, each in a tree of its own (scoring.build_tree); samples: what one backward pass holds;
     others: further modules that train (the critic). Returns (dict, text of a few lines).
 
     Memory is measured, not guessed: the longest tree is run once, and the tensors that autograd keeps for it are counted.
@@ -215,9 +215,9 @@ def preflight(model, trees, samples=32, others=()):
         raise ModelError("not even one prompt fits into memory; choose a smaller model, --dtype bfloat16 or --load-in 4bit") from None
     activations = sum(kept.values()) * samples
     state = sum(p.nbytes for p in trainable) * 3  # the gradient and Adam's two moments
-    phrases = [len(tail) for tree in trees for tail in tree.tails]
+    prompts, phrases = [len(tree.items[0][0]) for tree in trees], [len(tail) for tree in trees for tail in tree.items[0][1]]
     result = {"parameters": sum(p.numel() for p in model.parameters()) + sum(p.numel() for module in others for p in module.parameters()),
-              "trainable": sum(p.numel() for p in trainable), "prompts": len(trees), "prompt_tokens": max(tree.prompt for tree in trees),
+              "trainable": sum(p.numel() for p in trainable), "prompts": len(trees), "prompt_tokens": max(prompts),
               "phrase_tokens": max(phrases), "packed": len(longest.ids), "samples": samples,
               "memory_bytes": sum(weights.values()) + sum(p.nbytes for module in others for p in module.parameters()) + state + activations}
     text = (f"model      {type(getattr(model, 'get_base_model', lambda: model)()).__name__} on {model.device}, {str(model.dtype)[6:]}\n"

@@ -11,7 +11,7 @@ Where to find what
 
 This module knows no language model. An agent is any object with these methods (twosome.Agent is one, the MLP in
 tests/test_ppo.py another):
-  encode(obs, info) -> item          what the rollout buffer keeps of an observation; opaque to this module
+  encode(obs, info) -> item          what the rollout buffer keeps of an observation: hashable, for equal items are computed once
   log_probs(items) -> list[Tensor]   log pi over each item's admissible actions, with gradients where they are enabled
   values(items) -> Tensor [B]        V(s), with gradients to the critic alone
   policy_parameters(), value_parameters() -> list[Parameter]     two disjoint lists
@@ -175,13 +175,14 @@ def gather(value):
     return values
 
 
-def add_up(tensors):
-    """Sum tensors over the processes, in place, in one message."""
+@torch.no_grad()
+def in_one_message(send, tensors):
+    """Let send(flat tensor), a collective operation in place, change these tensors. Small messages cost as much as large ones."""
     if processes()[1] > 1:
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(flat)
-        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(total.view_as(tensor))
+        flat = torch.cat([tensor.flatten().to(tensors[0].device) for tensor in tensors])
+        send(flat)
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(part.view_as(tensor))
 
 
 class NonFiniteError(ArithmeticError):
@@ -215,8 +216,8 @@ class PPO:
     """An agent in training: environments, optimisers, counters and random generators, all of which a checkpoint holds.
 
     make_env() -> a fresh environment; agent as the module's docstring says; config a Config; seed an integer.
-    Under torch.distributed each process steps its share of the environments and computes its share of every minibatch; all
-    else, the permutations and the annealing included, is the same in each, so that the result is that of one process.
+    Under torch.distributed each process steps its share of the environments and computes its share of every minibatch's distinct
+    items; the first trains the critic. All else, the permutations included, is the same in each: the result is that of one process.
     """
     MAX_SKIPPED = 5  # non-finite updates in a row after which training stops instead of going on for nothing
 
@@ -316,43 +317,38 @@ class PPO:
                     run[:] = [0.0, 1.0, 0.0]
         self.steps += rollout.values.numel()
 
-    def share(self, rollout, batch):
-        """This process's part of a minibatch: every world-th of its distinct items, so that no item is computed twice."""
-        if self.world == 1:
-            return batch
-        order = {item: place for place, item in enumerate(dict.fromkeys(rollout.items[i] for i in batch))}
-        return np.array([i for i in batch if order[rollout.items[i]] % self.world == self.rank], dtype=int)
-
     def update_critic(self, rollout, returns):
         """Clipped value loss on the stored items; the agent's features do not change, so no LLM pass is in here."""
         config, old, losses, norms = self.config, rollout.values.flatten(), [], []
         for batch in self.minibatches(len(rollout.items)):
-            loss, mine = torch.zeros(1), self.share(rollout, batch)
-            if len(mine):
-                new = self.agent.values([rollout.items[i] for i in mine]).float()
-                part = value_loss(new, old[mine].to(new.device), returns[mine].to(new.device), config.clip).sum() / len(batch)
-                (config.value_coefficient * part).backward()
-                loss += part.item()
-            add_up([loss])
-            norms.append(self.step(self.value_optimizer, self.agent.value_parameters(), loss.item()))
+            if self.rank:  # the first process does this for all: an MLP's gradient takes longer to send than to compute
+                continue
+            new = self.agent.values([rollout.items[i] for i in batch]).float()
+            loss = value_loss(new, old[batch].to(new.device), returns[batch].to(new.device), config.clip).mean()
+            (config.value_coefficient * loss).backward()
             losses.append(loss.item())
-        return {"value_loss": float(np.mean(losses)), "value_grad_norm": float(np.mean(norms))}
+            norms.append(self.step(self.value_optimizer, self.agent.value_parameters(), losses[-1]))
+        in_one_message(lambda flat: dist.broadcast(flat, src=0), self.agent.value_parameters())
+        return {"value_loss": float(np.mean(losses)), "value_grad_norm": float(np.mean(norms))} if losses else {}
 
     def update_policy(self, rollout, advantages):
         """Clipped surrogate minus entropy bonus, with the KL of a whole minibatch checked before its step is taken."""
-        config = self.config
+        config, parameters = self.config, self.agent.policy_parameters()
         stats = collections.defaultdict(list)
         for batch in self.minibatches(len(rollout.items)):
             sums = None
             while sums is None:  # what does not fit into memory is done again in more parts, with the same result
                 sums = self.policy_gradient(rollout, advantages, batch)
-            add_up([sums])
+            if self.world > 1:  # each process holds its share of the sum, and none at all where it had no share
+                for parameter in parameters:
+                    parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                in_one_message(lambda flat: dist.all_reduce(flat), [*(parameter.grad for parameter in parameters), sums])
             for name, value in zip(("kl", "entropy", "policy_loss", "clip_fraction"), sums.tolist()):
                 stats[name].append(value)
             if config.target_kl and stats["kl"][-1] > 1.5 * config.target_kl:  # 1.5: our choice, the usual margin for a noisy estimate
                 self.policy_optimizer.zero_grad(set_to_none=True)
                 break
-            stats["policy_grad_norm"].append(self.step(self.policy_optimizer, self.agent.policy_parameters(), sums.sum().item()))
+            stats["policy_grad_norm"].append(self.step(self.policy_optimizer, parameters, sums.sum().item()))
             self.agent.policy_changed()
         return {name: float(np.mean(stats[name])) if stats[name] else float("nan")
                 for name in ("policy_loss", "entropy", "kl", "clip_fraction", "policy_grad_norm")}
@@ -360,18 +356,24 @@ class PPO:
     def policy_gradient(self, rollout, advantages, batch):
         """Add up one minibatch's gradient, part by part. Returns KL, entropy, loss and clipped share: [4], this process's part of
         their means over the minibatch. Returns None where memory ran out: self.parts has been doubled for another try."""
-        config, old, choices = self.config, rollout.log_probs.flatten(), rollout.choices.flatten()
-        sums, share = torch.zeros(4), self.share(rollout, batch)
+        config, old, choices, sums = self.config, rollout.log_probs.flatten(), rollout.choices.flatten(), torch.zeros(4)
+        samples = collections.defaultdict(list)  # item -> which of the minibatch's samples it is: computed once for all of them
+        for i in batch:
+            samples[rollout.items[i]].append(i)
+        mine = list(samples)[self.rank::self.world]
         try:
-            for part in np.array_split(share, self.parts):
-                if not len(part):
+            for start, end in itertools.pairwise(np.linspace(0, len(mine), self.parts + 1).astype(int)):
+                if start == end:
                     continue
+                items = mine[start:end]
                 try:
-                    scores = self.agent.log_probs([rollout.items[i] for i in part])
+                    scores = self.agent.log_probs(items)
                 except ArithmeticError:  # an agent may refuse such logits itself; told through the sum, every process skips this step
                     sums += float("nan")
                     continue
-                scores = torch.nn.utils.rnn.pad_sequence(scores, batch_first=True, padding_value=-1e9)  # [B, A]: 0 in probability
+                scores = torch.nn.utils.rnn.pad_sequence(scores, batch_first=True, padding_value=-1e9)  # -1e9: 0 in probability
+                scores = scores[[row for row, item in enumerate(items) for _ in samples[item]]]  # [B, A]
+                part = [i for item in items for i in samples[item]]
                 new, entropies = scores.gather(1, choices[part][:, None].to(scores.device))[:, 0], entropy(scores)
                 before = old[part].to(new.device)
                 losses = policy_loss(new, before, advantages[part].to(new.device), config.clip)
@@ -381,7 +383,7 @@ class PPO:
                     sums += torch.stack([approximate_kl(new, before) * len(part), entropies.sum(), losses.sum(), clipped.sum()]).cpu() / len(batch)
             return sums
         except RuntimeError as error:  # torch.OutOfMemoryError is one; CPU and mps have none of their own
-            if self.parts >= len(share) or not ("out of memory" in str(error) or "t allocate memory" in str(error)):
+            if self.parts >= len(mine) or not ("out of memory" in str(error) or "t allocate memory" in str(error)):
                 raise
         self.parts *= 2
         warnings.warn(f"a policy minibatch does not fit into memory; computing it in {self.parts} parts from here on, with the same result")
@@ -395,10 +397,6 @@ class PPO:
 
     def step(self, optimizer, parameters, loss=0.0):
         """Clip this optimiser's gradients by their own norm and step; a non-finite gradient or loss is dropped and counted."""
-        if self.world > 1:  # each process holds its share of the sum, and none at all where it had no share
-            for parameter in parameters:
-                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            add_up([parameter.grad for parameter in parameters])
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm).item()
         which = int(optimizer is self.value_optimizer)
         if np.isfinite(norm) and np.isfinite(loss):

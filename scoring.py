@@ -13,6 +13,7 @@ Axes, named once: B prompts, A actions (phrases of one prompt), S sequence (prom
 """
 import functools
 import inspect
+import itertools
 import warnings
 import weakref
 from typing import NamedTuple
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 
 NORMALIZATIONS = ("sum", "token", "word")
+NODES = 512  # tokens of one forward (our choice): longer rows waste attention on what they may not see, shorter ones share less
 
 
 class ScoringError(ValueError):
@@ -44,7 +46,7 @@ def encode(tokenizer, texts):
 
 @functools.lru_cache(maxsize=16_384)  # a prompt met again is not tokenised again
 def tokenize(tokenizer, prompt, phrases):
-    """Token ids of a prompt and of each phrase after it: (prompt_ids, [phrase_ids, ...]), tuples of int.
+    """Token ids of a prompt and of each phrase after it: (prompt_ids, (phrase_ids, ...)), tuples of int.
 
     Prompt + " " + phrase is encoded as one text, as the LLM would meet it, and cut where the prompt's own tokens end: the space
     belongs to the phrase's first token. Where a tokenizer merges across that seam, the cut moves left to the last token that
@@ -67,7 +69,7 @@ def tokenize(tokenizer, prompt, phrases):
             raise ScoringError(f"the phrase {phrases[k]!r} has no tokens of its own after the prompt")
         if tail in tails[:k]:
             raise ScoringError(f"the phrases {phrases[tails.index(tail)]!r} and {phrases[k]!r} have the same tokens; actions need phrases that differ")
-    return tuple(alone[:cut]), tails
+    return tuple(alone[:cut]), tuple(tails)
 
 
 def normalize(joint, token_counts, word_counts, normalization="word"):
@@ -87,7 +89,7 @@ def _policy(joints, tokenizer, prompts, phrases, normalization):
     """Normalise each prompt's joint log-probabilities."""
     policies = []
     for joint, prompt, actions in zip(joints, prompts, phrases, strict=True):
-        tails = tokenize(tokenizer, prompt, tuple(actions))[1]
+        tails = tokenize(tokenizer, prompt, tuple(actions))[1]  # remembered
         policies.append(normalize(joint, [len(tail) for tail in tails], [len(phrase.split()) for phrase in actions], normalization))
     return policies
 
@@ -112,44 +114,64 @@ def score_actions_naive(model, tokenizer, prompts, phrases, normalization="word"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The same, fast: the phrases of a prompt become a trie of tokens, packed behind the prompt into one sequence
+# The same, fast: prompts and their phrases become one trie of tokens, packed into one sequence
 
 class Tree(NamedTuple):
-    """One prompt and its phrases as one sequence of S tokens: the prompt, then the trie's inner nodes in depth-first order.
+    """Some prompts and the phrases of each as one sequence of S tokens: the nodes of the trie of all their tokens, parents first.
 
-    A phrase's last token is only predicted, never read, so leaves need no place in the sequence. An edge is a distinct phrase
-    token: predicted at its parent's column, shared by every phrase that starts the same way.
+    What texts share from their beginning stands there once: the prompts' common opening, what a prompt's phrases share. A
+    phrase's last token is only predicted, never read, so it needs no node. An edge is a distinct phrase token, predicted at
+    its parent.
     """
+    items: list              # what is packed: (prompt_ids, (phrase_ids, ...)) of each prompt
     ids: torch.Tensor        # [S] token ids
     positions: torch.Tensor  # [S] position ids: depth, so siblings share one
-    prompt: int              # length of the prompt; columns from here on are trie nodes
-    visible: torch.Tensor    # bool [S - prompt, S - prompt]: which trie nodes a trie node sees (itself and its ancestors)
-    parents: torch.Tensor    # [P] columns whose logits are needed, ascending
+    visible: torch.Tensor    # bool [S, S]: which nodes a node sees, itself and its ancestors
+    parents: torch.Tensor    # [P] nodes whose logits are needed, ascending
     edges: torch.Tensor      # [E, 2] each edge's parent, as an index into parents, and token
-    paths: torch.Tensor      # [A, T] the edges each phrase's tokens walk; E where the phrase is over
-    tails: tuple             # each phrase's token ids
+    paths: torch.Tensor      # [A, T] the edges that the tokens of each phrase of all prompts walk; E where the phrase is over
 
 
-def build_tree(prompt_ids, tails):
-    """The Tree of a prompt's token ids (a tuple) and of each phrase's (tuples that differ)."""
-    start = len(prompt_ids)
-    inner = sorted({tail[:i] for tail in tails for i in range(1, len(tail))})  # sorted: depth first, parents before children
-    column = {(): start - 1, **{node: start + i for i, node in enumerate(inner)}}
-    edges = sorted({tail[:i] for tail in tails for i in range(1, len(tail) + 1)}, key=lambda edge: (column[edge[:-1]], edge))
-    parents = sorted({column[edge[:-1]] for edge in edges})
-    number, row = {edge: i for i, edge in enumerate(edges)}, {parent: i for i, parent in enumerate(parents)}
-    longest = max(map(len, tails))
-    return Tree(torch.tensor([*prompt_ids, *(node[-1] for node in inner)]),
-                torch.tensor([*range(start), *(start + len(node) - 1 for node in inner)]), start,
-                torch.tensor([[node[:len(other)] == other for other in inner] for node in inner], dtype=torch.bool).view(len(inner), len(inner)),
-                torch.tensor(parents), torch.tensor([(row[column[edge[:-1]]], edge[-1]) for edge in edges]),
-                torch.tensor([[number[tail[:i]] if i <= len(tail) else len(edges) for i in range(1, longest + 1)] for tail in tails]), tuple(tails))
+def build_tree(items):
+    """The Tree of a list of (prompt_ids, (phrase_ids, ...)), tuples of token ids as `tokenize` gives them."""
+    nodes, edges, paths = {}, {}, []  # (parent, token) -> number, of nodes in the sequence and of edges; parent -1 opens a text
+
+    def walk(node, ids):
+        for token in ids:
+            node = nodes.setdefault((node, token), len(nodes))
+            yield node
+
+    for prompt_ids, tails in items:
+        *_, last = walk(-1, prompt_ids)
+        for tail in tails:
+            paths.append([edges.setdefault(edge, len(edges)) for edge in zip([last, *walk(last, tail[:-1])], tail)])
+    (up, ids), (of, tokens) = np.array(list(nodes)).T, np.array(list(edges)).T
+    visible, up = np.eye(len(ids) + 1, dtype=bool), np.append(up, -1)  # the last row: before all texts
+    while (up >= 0).any():  # a node sees what its ancestor sees, then what that one's does: twice as far up each time
+        visible |= visible[up]
+        up = up[up]
+    visible = visible[:-1, :-1]
+    parents, of = np.unique(of, return_inverse=True)
+    paths = np.array(list(itertools.zip_longest(*paths, fillvalue=len(edges)))).T
+    return Tree(items, *map(torch.from_numpy, (ids, visible.sum(1) - 1, visible, parents, np.stack([of, tokens], 1), paths)))
 
 
-@functools.lru_cache(maxsize=8_192)
-def pack(tokenizer, prompt, phrases):
-    """The Tree of a prompt (str) and its phrases (a tuple of str)."""
-    return build_tree(*tokenize(tokenizer, prompt, phrases))
+def group(items, limit):
+    """Split items, as build_tree takes them, into lists whose trees have up to `limit` nodes (an item larger than that stands alone).
+
+    Sorted by their tokens, so that what shares the longest beginnings comes together.
+    """
+    groups, size, last = [], 0, ()
+    for item in sorted(items):
+        prompt_ids, tails = item
+        own = len(prompt_ids) + len({tail[:i] for tail in tails for i in range(1, len(tail))})
+        shared = next((i for i, (a, b) in enumerate(zip(last, prompt_ids)) if a != b), min(len(last), len(prompt_ids)))
+        if not groups or size + own - shared > limit:
+            groups.append([])
+            size = shared = 0
+        groups[-1].append(item)
+        size, last = size + own - shared, prompt_ids
+    return groups
 
 
 @functools.lru_cache(maxsize=64)
@@ -165,45 +187,30 @@ def _logits(model, keep, **inputs):
     return model(**inputs, use_cache=False).logits[keep].float()
 
 
-def _forward_trees(model, trees, layout):
-    """Joint log-probabilities of every phrase of B trees in one forward: a list of float32 [A]."""
-    device, dtype, longest = model.device, model.dtype, max(len(tree.ids) for tree in trees)
-    ids, positions = (torch.nn.utils.rnn.pad_sequence([getattr(tree, name) for tree in trees], batch_first=True).to(device)
-                      for name in ("ids", "positions"))  # [B, S]; id 0 is a token like any other: no real token sees a pad
-    # Columns stand in depth-first order, so the causal triangle already shows every node the whole prompt and hides all
-    # pads; only among the trie's nodes does it show too much.
-    allowed = torch.ones(longest, longest, dtype=torch.bool).tril().repeat(len(trees), 1, 1)  # [B, S, S]
-    keep = torch.zeros(len(trees), longest, dtype=torch.bool)
-    for b, tree in enumerate(trees):
-        allowed[b, tree.prompt:len(tree.ids), tree.prompt:len(tree.ids)] = tree.visible
-        keep[b, tree.parents] = True
-    allowed = allowed.to(device)
+def _forward_tree(model, tree, layout):
+    """Joint log-probabilities of every phrase of a tree in one forward, float32 [A]."""
+    ids, positions, visible, parents, edges, paths = (tensor.to(model.device) for tensor in tree[1:])
 
     def additive(mask):  # a bool mask is silently wrong under eager attention: hand over what is added to the scores
-        return torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(~mask, torch.finfo(dtype).min)[:, None]
+        return torch.zeros(mask.shape, dtype=model.dtype, device=model.device).masked_fill_(~mask, torch.finfo(model.dtype).min)[None, None]
 
-    mask = {kind: additive(allowed if window is None else allowed & (positions[:, :, None] - positions[:, None, :] < window))
-            for kind, window in layout.items()}
-    logits = _logits(model, keep.to(device), input_ids=ids, position_ids=positions, attention_mask=mask.get("single", mask))
-    offsets = np.cumsum([0] + [len(tree.parents) for tree in trees])
-    rows = torch.cat([tree.edges[:, 0] + offset for tree, offset in zip(trees, offsets)]).to(device)
-    tokens = torch.cat([tree.edges[:, 1] for tree in trees]).to(device)
-    edges = logits[rows, tokens] - logits.logsumexp(-1)[rows]  # log P of each distinct phrase token
-    return [torch.nn.functional.pad(part, (0, 1))[tree.paths.to(device)].sum(-1)  # the 0 behind them stands where a phrase is over
-            for tree, part in zip(trees, edges.split([len(tree.edges) for tree in trees]))]
+    mask = {kind: additive(visible if window is None else visible & (positions[:, None] - positions < window)) for kind, window in layout.items()}
+    keep = torch.zeros(1, len(ids), dtype=torch.bool, device=model.device).index_fill_(1, parents, True)
+    logits = _logits(model, keep, input_ids=ids[None], position_ids=positions[None], attention_mask=mask.get("single", mask))  # [P, V]
+    log_probs = logits[edges[:, 0], edges[:, 1]] - logits.logsumexp(-1)[edges[:, 0]]  # of each distinct phrase token
+    return torch.nn.functional.pad(log_probs, (0, 1))[paths].sum(-1)  # the 0 behind them stands where a phrase is over
 
 
-def _forward_rows(model, trees):
+def _forward_rows(model, items):
     """The same by the exact fallback, for models that cannot take a tree's mask: one ordinary right-padded row a phrase."""
-    rows = [(tree.ids[:tree.prompt], torch.tensor(tail)) for tree in trees for tail in tree.tails]
+    rows = [(torch.tensor(prompt_ids), torch.tensor(tail)) for prompt_ids, tails in items for tail in tails]
     pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
     ids = pad([torch.cat([prompt, tail[:-1]]) for prompt, tail in rows]).to(model.device)
     mask = pad([torch.ones(len(prompt) + len(tail) - 1, dtype=torch.long) for prompt, tail in rows]).to(model.device)
     keep = pad([torch.arange(1, len(prompt) + len(tail)) >= len(prompt) for prompt, tail in rows]).to(model.device)
     logits = _logits(model, keep, input_ids=ids, attention_mask=mask)  # [tokens of all phrases, V]
     log_probs = logits.gather(1, torch.cat([tail for _, tail in rows]).to(model.device)[:, None])[:, 0] - logits.logsumexp(-1)
-    joint = torch.stack([part.sum() for part in log_probs.split([len(tail) for _, tail in rows])])
-    return joint.split([len(tree.tails) for tree in trees])
+    return torch.stack([part.sum() for part in log_probs.split([len(tail) for _, tail in rows])])
 
 
 def mask_layout(model):
@@ -233,35 +240,36 @@ def plain(model):
 _layouts = weakref.WeakKeyDictionary()  # model -> (mask layout, or None where rows are used; prompt and nodes it was checked for)
 
 
-def _layout(model, trees):
+def _layout(model, depth):
     """The model's mask layout, or None where rows are used. No architecture is trusted before it has scored an invented tree as
-    rows score it, at least as large as these are: so a window shows that the configuration does not tell."""
-    layout, *checked = _layouts.get(plain(model)) or (mask_layout(model), 0, 0)
-    size = max(tree.prompt for tree in trees), max(len(tree.ids) - tree.prompt for tree in trees)
-    if isinstance(layout, dict) and (size[0] > checked[0] or size[1] > checked[1]):
-        checked = [-(-max(pair) // 64) * 64 for pair in zip(size, checked)]  # rounded up, so that it is seldom repeated
-        layout = _self_check(model, layout, *checked) or layout
+    rows score it, at least as deep as the one that comes: so a window shows that the configuration does not tell."""
+    layout, checked = _layouts.get(plain(model)) or (mask_layout(model), 0)
+    if isinstance(layout, dict) and depth > checked:
+        checked = min(-(-depth // 64) * 64, context(model))  # rounded up, so that it is seldom repeated
+        layout = _self_check(model, layout, checked) or layout
     if isinstance(layout, str):
         warnings.warn(f"{type(plain(model)).__name__}: scoring one row a phrase (exact, slower): {layout}")
         layout = None
-    _layouts[plain(model)] = (layout, *checked)
+    _layouts[plain(model)] = (layout, checked)
     return layout
 
 
 @torch.no_grad()
-def _self_check(model, layout, prompt, nodes):
-    """Score one invented tree as a tree and as rows. Returns None where they agree, else a str saying what went wrong."""
-    depth = nodes // 3 + 2
-    tokens = tuple((torch.arange(3 * depth + prompt) * 7919 % model.get_input_embeddings().weight.shape[0]).tolist())
-    a, b, c = (tokens[i * depth:(i + 1) * depth] for i in range(3))
-    tree = build_tree(tokens[3 * depth:][:min(prompt, context(model) - depth)], [a, a[:2] + b[2:], c])  # two share a beginning
+def _self_check(model, layout, depth):
+    """Score an invented tree as a tree and as rows. Returns None where they agree, else a str saying what went wrong."""
+    part = max(depth // 4, 1)
+    tokens = tuple((torch.arange(6 * part + depth) * 7919 % model.get_input_embeddings().weight.shape[0]).tolist())
+    a, b, c, d, *_ = (tokens[i * part:(i + 1) * part] for i in range(6))
+    prompt = tokens[6 * part:][:max(depth - part, 1)]
+    tails = [a, a[:part // 2] + b[part // 2:], c]  # two share a beginning, as do the prompts
+    items = [(prompt, tails), (prompt[:len(prompt) // 2] + d, tails[1:])]
     try:
-        fast, exact = _forward_trees(model, [tree], layout)[0], _forward_rows(model, [tree])[0]
+        fast, exact = _forward_tree(model, build_tree(items), layout), _forward_rows(model, items)
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         return f"{type(error).__name__} on a tree mask"
-    gap = ((fast - exact).abs().mean() / depth).item()
+    gap = ((fast - exact).abs().mean() / part).item()
     # Half precision and 8 bits round a token's log-probability by some hundredths of a nat; a wrong mask is off by more.
     bound = 1e-4 if model.dtype == torch.float32 and not hasattr(model.config, "quantization_config") else 0.1
     return None if gap < bound or not torch.isfinite(exact).all() else f"the tree's scores were {gap:.2g} nats a token off"
@@ -277,33 +285,29 @@ def context(model):
     return min((limit for limit in limits if limit), default=2 ** 40)
 
 
-def joint_log_probs(model, tokenizer, prompts, phrases, batch=64):
+def joint_log_probs(model, tokenizer, prompts, phrases, nodes=NODES):
     """log P(a_k | d) of every phrase of each prompt: a list of float32 [A]; equal prompts are computed once. Raises ScoringError."""
-    keys = [(prompt, tuple(actions)) for prompt, actions in zip(prompts, phrases, strict=True)]
-    limit = context(model)
-    for prompt, actions in dict.fromkeys(keys):  # before a tree is built: an endless phrase would make a huge one
-        prompt_ids, tails = tokenize(tokenizer, prompt, actions)
-        longest = len(prompt_ids) + max(map(len, tails)) - 1
-        if longest > limit:
-            raise ScoringError(f"prompt and phrase have {longest} tokens, but the model's context holds {limit}; shorten {prompt[:40]!r} ...")
-    distinct = {key: pack(tokenizer, *key) for key in keys}
-    joints = []
-    for start in range(0, len(distinct), batch):
-        trees = list(distinct.values())[start:start + batch]
-        layout = _layout(model, trees)
-        joints += _forward_rows(model, trees) if layout is None else _forward_trees(model, trees, layout)
-    if joints and not torch.isfinite(torch.cat(joints)).all():
+    items = [tokenize(tokenizer, prompt, tuple(actions)) for prompt, actions in zip(prompts, phrases, strict=True)]
+    if not items:
+        return []
+    depth, prompt = max((len(prompt_ids) + max(map(len, tails)) - 1, prompt) for prompt, (prompt_ids, tails) in zip(prompts, items))
+    if depth > (limit := context(model)):
+        raise ScoringError(f"prompt and phrase have {depth} tokens, but the model's context holds {limit}; shorten {prompt[:40]!r} ...")
+    layout, joint = _layout(model, depth), {}
+    for part in group(set(items), nodes):
+        scores = _forward_rows(model, part) if layout is None else _forward_tree(model, build_tree(part), layout)
+        joint.update(zip(part, scores.split([len(tails) for _, tails in part])))
+    if not torch.isfinite(torch.cat(list(joint.values()))).all():
         raise NonFiniteScores("the model gives log-probabilities that are not finite; check its weights, or use a wider --dtype")
-    joint = dict(zip(distinct, joints))
-    return [joint[key] for key in keys]
+    return [joint[item] for item in items]
 
 
-def score_actions(model, tokenizer, prompts, phrases, normalization="word", batch=64):
+def score_actions(model, tokenizer, prompts, phrases, normalization="word", nodes=NODES):
     """What runs: the same values and gradients as score_actions_naive, each distinct token computed once.
 
-    Arguments and result as there; `batch` distinct prompts go through the model at once. Raises ScoringError.
+    Arguments and result as there; up to `nodes` tokens go through the model at once. Raises ScoringError.
     """
-    return _policy(joint_log_probs(model, tokenizer, prompts, phrases, batch), tokenizer, prompts, phrases, normalization)
+    return _policy(joint_log_probs(model, tokenizer, prompts, phrases, nodes), tokenizer, prompts, phrases, normalization)
 
 
 def token_report(model, tokenizer, phrases, prompt="Next, you should"):

@@ -32,7 +32,7 @@ import models
 import ppo
 import prompts as prompting
 import runs
-from scoring import NORMALIZATIONS, ScoringError, encode, pack, plain, score_actions, token_report
+from scoring import NORMALIZATIONS, ScoringError, build_tree, encode, plain, score_actions, token_report, tokenize
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Section 4.3: actor and critic on one frozen LLM
@@ -123,7 +123,7 @@ class Agent:
 
     def preflight(self, items, samples=32):
         """What training on these items will take, `samples` a backward pass: (dict, printable text); see models.preflight."""
-        return models.preflight(self.model, [pack(self.tokenizer, *item) for item in dict.fromkeys(items)], samples, [self.critic])
+        return models.preflight(self.model, [build_tree([tokenize(self.tokenizer, *item)]) for item in dict.fromkeys(items)], samples, [self.critic])
 
     def policy_parameters(self):
         """The LoRA weights, and nothing else: the base is frozen."""

@@ -46,9 +46,9 @@ class Drill:
 
 def packed_flops(agent, items):
     """FLOPs of one forward of an item, and of the critic's over its prompt alone: means over items, by Count's formula, without pads."""
-    count, trees = Count(agent), [scoring.pack(agent.tokenizer, *item) for item in items]
+    count, trees = Count(agent), [scoring.build_tree([scoring.tokenize(agent.tokenizer, *item)]) for item in items]
     flops = lambda S, parents: 2 * count.layer_weights * S + count.attention * S * (S + 1) / 2 + count.row * parents
-    return np.mean([(flops(len(tree.ids), len(tree.parents)), flops(tree.prompt, 0)) for tree in trees], axis=0)
+    return np.mean([(flops(len(tree.ids), len(tree.parents)), flops(len(tree.items[0][0]), 0)) for tree in trees], axis=0)
 
 
 def rates_of(agent, items):

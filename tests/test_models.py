@@ -194,11 +194,11 @@ def test_other_refusals(saved, monkeypatch):
 def test_preflight_counts():
     agent = twosome.Agent(tiny.model("llama"), tiny.byte_bpe())
     report, text = agent.preflight(ITEMS, samples=8)
-    trees = [scoring.pack(agent.tokenizer, *item) for item in ITEMS]
+    trees = [scoring.build_tree([scoring.tokenize(agent.tokenizer, *item)]) for item in ITEMS]
     assert report["trainable"] == sum(p.numel() for p in agent.policy_parameters() + agent.value_parameters())
     assert report["parameters"] == sum(p.numel() for p in [*agent.model.parameters(), *agent.critic.parameters()])
-    assert (report["prompt_tokens"], report["packed"]) == (max(tree.prompt for tree in trees), max(len(tree.ids) for tree in trees))
-    assert report["phrase_tokens"] == max(len(tail) for tree in trees for tail in tree.tails)
+    assert (report["prompt_tokens"], report["packed"]) == (max(len(tree.items[0][0]) for tree in trees), max(len(tree.ids) for tree in trees))
+    assert report["phrase_tokens"] == max(len(tail) for tree in trees for tail in tree.items[0][1])
     more, _ = agent.preflight(ITEMS, samples=16)
     assert more["memory_bytes"] > report["memory_bytes"] > 4 * report["parameters"]
     assert f"{report['parameters']:,}" in text and text.count("\n") < 6
@@ -221,14 +221,14 @@ class Small:
         self.room, self.calls = room, []
 
     def encode(self, obs, info):
-        return obs
+        return tuple(obs)
 
     def log_probs(self, items):
         self.calls += [len(items)] * torch.is_grad_enabled()
         if torch.is_grad_enabled() and len(items) > self.room and self.calls.count(len(items)) % 2 == 0:  # with a part's gradient taken already
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB") if self.room > 1 else RuntimeError(
                 "[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
-        return list((torch.tensor(np.array(items), dtype=torch.float32) @ self.weight).log_softmax(-1))
+        return list((torch.tensor(items, dtype=torch.float32) @ self.weight).log_softmax(-1))
 
     def values(self, items):
         return self.value.repeat(len(items))

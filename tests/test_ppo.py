@@ -21,14 +21,14 @@ class MLP:
         torch.nn.init.zeros_(self.critic[-1].weight)
 
     def encode(self, obs, info):
-        return torch.as_tensor(obs, dtype=torch.float32), tuple(info.get("admissible", ()))
+        return tuple(obs), tuple(info.get("admissible", ()))
 
     def log_probs(self, items):
-        logits = self.actor(torch.stack([obs for obs, _ in items]))
+        logits = self.actor(torch.tensor([obs for obs, _ in items], dtype=torch.float32))
         return [(row[list(admissible)] if admissible else row).log_softmax(-1) for row, (_, admissible) in zip(logits, items)]
 
     def values(self, items):
-        return self.critic(torch.stack([obs for obs, _ in items]))[:, 0]
+        return self.critic(torch.tensor([obs for obs, _ in items], dtype=torch.float32))[:, 0]
 
     def policy_parameters(self):
         return list(self.actor.parameters())
@@ -130,7 +130,7 @@ def test_truncation_bootstraps_and_termination_does_not():
 
 def test_bootstraps_from_the_final_observation_not_the_next_episodes():
     agent = MLP(4, 2)
-    agent.values = lambda items: torch.stack([obs.argmax().float() for obs, _ in items])  # V(cell) = cell
+    agent.values = lambda items: torch.tensor([float(np.argmax(obs)) for obs, _ in items])  # V(cell) = cell
     trainer = ppo.PPO(Corridor, agent, SMALL, seed=3)
     trainer.agent.log_probs = lambda items: [torch.log(torch.tensor([0.8, 0.2]))] * len(items)
     rollout = trainer.rollout()

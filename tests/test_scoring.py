@@ -73,7 +73,6 @@ def test_the_self_check_notices_a_wrong_mask_and_falls_back(mutation, monkeypatc
     name, function, wrong = MUTATIONS[mutation]
     right = getattr(scoring, function)
     monkeypatch.setattr(scoring, function, wrong if function == "mask_layout" else lambda *arguments: wrong(right(*arguments)))
-    scoring.pack.cache_clear()
     model = adapted(tiny.model(name))
     reference = values_and_gradients(scoring.score_actions_naive, model)
     with pytest.warns(UserWarning, match="one row a phrase"):
@@ -81,7 +80,6 @@ def test_the_self_check_notices_a_wrong_mask_and_falls_back(mutation, monkeypatc
     monkeypatch.setattr(scoring, "_self_check", lambda *arguments: None)  # and without the check, this file's comparison would see it
     monkeypatch.setattr(scoring, "_layouts", {})
     assert min(deviation(values_and_gradients(scoring.score_actions, model), reference)) > 1e-2
-    scoring.pack.cache_clear()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,6 +141,28 @@ def test_each_distinct_token_goes_through_the_model_once(name, path, recwarn):
     assert torch.equal(first, second) and torch.equal(first, third)
 
 
+ALIKE = ["You see a tomato. Next", "You see a tomato.", "You see a tomato. Next, you should take the", "You see a bowl", "walk"]  # one opens another
+
+
+@pytest.mark.parametrize("nodes", [1, 30, 512])
+def test_prompts_that_begin_alike_share_a_tree_of_so_many_nodes(nodes):
+    model, seen = adapted(tiny.model("mistral-window")), []
+    phrases = [["take the bowl", "take the tomato"], ["Next", "Next take"], ["bowl", "tomato"], ["serve", "see a tomato"], ["away", "a way"]]
+    reference = values_and_gradients(scoring.score_actions_naive, model, BYTE_BPE, ALIKE, phrases)
+    score = lambda *arguments: scoring.score_actions(*arguments, nodes=nodes)
+    score(model, BYTE_BPE, ALIKE, phrases)  # the self-check comes with the first call
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
+    assert max(deviation(values_and_gradients(score, model, BYTE_BPE, ALIKE, phrases), reference)) < 1e-4
+    items = [scoring.tokenize(BYTE_BPE, prompt, tuple(actions)) for prompt, actions in zip(ALIKE, phrases)]
+    distinct = {(*prompt_ids, *tail)[:i] for prompt_ids, tails in items for tail in tails for i in range(1, len(prompt_ids) + len(tail))}
+    if nodes == 1:
+        assert len(seen) == len(items)  # one too large for any tree still gets one
+    elif nodes == 30:
+        assert 1 < len(seen) < len(items) and all(shape[1] <= 30 for shape in seen)
+    else:
+        assert seen == [(1, len(distinct))] and len(distinct) < sum(len(scoring.build_tree([item]).ids) for item in items) - 20
+
+
 @pytest.mark.parametrize("kind", tiny.TOKENIZERS)
 def test_tokenizers(kind):
     tokenizer = tiny.TOKENIZERS[kind]()
@@ -153,7 +173,7 @@ def test_tokenizers(kind):
     assert all(row.exp().sum().item() == pytest.approx(1, abs=1e-5) for row in scores)
     for side in ("left", "right"):  # must not matter
         tokenizer.padding_side = side
-        scoring.tokenize.cache_clear(), scoring.pack.cache_clear()
+        scoring.tokenize.cache_clear()
         assert all(torch.equal(a, b) for a, b in zip(scores, scoring.score_actions(model, tokenizer, tiny.PROMPTS, tiny.PHRASES)))
     for prompt, actions in zip(tiny.PROMPTS, tiny.PHRASES):
         prompt_ids, tails = scoring.tokenize(tokenizer, prompt, tuple(actions))
