@@ -192,8 +192,8 @@ def add_lora(model, rank=8, alpha=16, targets=None):
 # Before training
 
 def preflight(model, trees, samples=32, others=()):
-    """What training will take. trees: some states' prompts, each in a tree of its own (scoring.build_tree); samples: what one backward pass holds;
-    others: further modules that train (the critic). Returns (dict, text of a few lines).
+    """What training will take. trees: some states' prompts, each in a tree of its own (scoring.build_tree); samples: what one
+    backward pass holds; others: further modules that train (the critic). Returns (dict, text of a few lines).
 
     Memory is measured, not guessed: the longest tree is run once, and the tensors that autograd keeps for it are counted.
     """

@@ -21,7 +21,8 @@ last action, 1 where absent) and "success" (where an episode ended).
 
 Deliberate differences from the published code: a time limit is a truncation and bootstraps from V(final observation);
 advantages are normalised over the whole batch, never per micro-batch; the standard deviation has a floor; actor and critic
-have gradient norms of their own; the KL bound is checked before the step it would forbid, not after.
+have gradient norms of their own; the entropy bonus rests while there is no reward; the KL bound is checked before the step it
+would forbid, not after.
 """
 import bisect
 import collections
@@ -106,13 +107,13 @@ class Config:
     rollout_steps: int = option(32, "steps an environment takes between two updates")
     epochs: int = option(2, "passes over a rollout an update makes")
     minibatch: int = option(64, "samples of one optimiser step, of policy and critic alike")
-    gradient_accumulation: int = option(1, "parts a policy minibatch is computed in; the result is the same, memory falls")
+    gradient_accumulation: int = option(1, "parts that a policy minibatch's distinct items are computed in; the result is the same, memory falls")
     policy_lr: float = option(2e-3, "learning rate of the LoRA weights, annealed linearly to 0")
     critic_lr: float = option(1e-3, "learning rate of the critic's MLP, annealed linearly to 0")
     gamma: float = option(0.99, "discount per primitive step; an action of tau steps discounts by gamma ** tau")
     gae_lambda: float = option(0.95, "lambda of generalised advantage estimation")
     clip: float = option(0.2, "clipping range of the probability ratio and of the value")
-    entropy: float = option(0.005, "coefficient of the entropy bonus")
+    entropy: float = option(0.005, "coefficient of the entropy bonus, left out after a rollout without any reward")
     value_coefficient: float = option(0.5, "coefficient of the value loss")
     max_grad_norm: float = option(0.5, "bound on the gradient's norm, for policy and critic apart")
     target_kl: float = option(0.02, "an update's policy steps stop before one whose KL exceeds 1.5 times this; 0: never")
@@ -177,7 +178,7 @@ def gather(value):
 
 @torch.no_grad()
 def in_one_message(send, tensors):
-    """Let send(flat tensor), a collective operation in place, change these tensors. Small messages cost as much as large ones."""
+    """Let send(flat tensor), a collective operation in place, change these tensors. One message, for it is their number that costs."""
     if processes()[1] > 1:
         flat = torch.cat([tensor.flatten().to(tensors[0].device) for tensor in tensors])
         send(flat)
@@ -217,7 +218,8 @@ class PPO:
 
     make_env() -> a fresh environment; agent as the module's docstring says; config a Config; seed an integer.
     Under torch.distributed each process steps its share of the environments and computes its share of every minibatch's distinct
-    items; the first trains the critic. All else, the permutations included, is the same in each: the result is that of one process.
+    items; the first trains the critic and sends its weights. All else, the permutations included, is the same in each: the
+    result is that of one process.
     """
     MAX_SKIPPED = 5  # non-finite updates in a row after which training stops instead of going on for nothing
 
@@ -318,7 +320,8 @@ class PPO:
         self.steps += rollout.values.numel()
 
     def update_critic(self, rollout, returns):
-        """Clipped value loss on the stored items; the agent's features do not change, so no LLM pass is in here."""
+        """Clipped value loss on the stored items. The agent's features do not change, so no LLM pass is in here, but for one: of
+        several processes the first, which trains the critic, computes those of prompts that only others have met."""
         config, old, losses, norms = self.config, rollout.values.flatten(), [], []
         for batch in self.minibatches(len(rollout.items)):
             if self.rank:  # the first process does this for all: an MLP's gradient takes longer to send than to compute
@@ -361,6 +364,9 @@ class PPO:
         for i in batch:
             samples[rollout.items[i]].append(i)
         mine = list(samples)[self.rank::self.world]
+        # Our choice: no bonus for a rollout without any reward. Nothing opposes it there, and Adam, which makes full steps of however
+        # small a gradient, would wear a prior down to chance before the first reward is met.
+        bonus = config.entropy * bool(rollout.rewards.any())
         try:
             for start, end in itertools.pairwise(np.linspace(0, len(mine), self.parts + 1).astype(int)):
                 if start == end:
@@ -377,7 +383,7 @@ class PPO:
                 new, entropies = scores.gather(1, choices[part][:, None].to(scores.device))[:, 0], entropy(scores)
                 before = old[part].to(new.device)
                 losses = policy_loss(new, before, advantages[part].to(new.device), config.clip)
-                ((losses - config.entropy * entropies).sum() / len(batch)).backward()
+                ((losses - bonus * entropies).sum() / len(batch)).backward()
                 with torch.no_grad():
                     clipped = ((new - before).exp() - 1).abs() > config.clip
                     sums += torch.stack([approximate_kl(new, before) * len(part), entropies.sum(), losses.sum(), clipped.sum()]).cpu() / len(batch)

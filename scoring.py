@@ -9,7 +9,7 @@ Paper: Tan et al., "True Knowledge Comes from Practice", ICLR 2024 (arXiv 2401.1
   from scoring import score_actions        # imports nothing of the project: copy this file alone
   log_pi, = score_actions(model, tokenizer, ["You see a tomato. Your next step is to"], [["pick up the tomato", "wait"]])
 
-Axes, named once: B prompts, A actions (phrases of one prompt), S sequence (prompt and trie), P parents, H hidden, V vocabulary.
+Axes, named once: B prompts, A actions (phrases of one prompt), S sequence (a trie's nodes), P parents, H hidden, V vocabulary.
 """
 import functools
 import inspect
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 NORMALIZATIONS = ("sum", "token", "word")
-NODES = 512  # tokens of one forward (our choice): longer rows waste attention on what they may not see, shorter ones share less
+NODES = 512  # tokens of one forward (our choice): longer sequences waste attention on what they may not see, shorter ones share less
 
 
 class ScoringError(ValueError):
@@ -237,32 +237,34 @@ def plain(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-_layouts = weakref.WeakKeyDictionary()  # model -> (mask layout, or None where rows are used; prompt and nodes it was checked for)
+_layouts = weakref.WeakKeyDictionary()  # model -> (mask layout, or None where rows are used; depth and width it was checked for)
 
 
-def _layout(model, depth):
+def _layout(model, depth, width):
     """The model's mask layout, or None where rows are used. No architecture is trusted before it has scored an invented tree as
-    rows score it, at least as deep as the one that comes: so a window shows that the configuration does not tell."""
-    layout, checked = _layouts.get(plain(model)) or (mask_layout(model), 0)
-    if isinstance(layout, dict) and depth > checked:
-        checked = min(-(-depth // 64) * 64, context(model))  # rounded up, so that it is seldom repeated
-        layout = _self_check(model, layout, checked) or layout
+    rows score it, as deep and as wide (nodes) as what comes: so a window shows that the configuration does not tell."""
+    layout, *checked = _layouts.get(plain(model)) or (mask_layout(model), 0, 0)
+    if isinstance(layout, dict) and (depth > checked[0] or width > checked[1]):
+        depth, width = (-(-max(pair) // unit) * unit for pair, unit in zip(zip((depth, width), checked), (64, NODES)))
+        checked = [min(depth, context(model)), width]  # rounded up, so that it is seldom repeated
+        layout = _self_check(model, layout, *checked) or layout
     if isinstance(layout, str):
         warnings.warn(f"{type(plain(model)).__name__}: scoring one row a phrase (exact, slower): {layout}")
         layout = None
-    _layouts[plain(model)] = (layout, checked)
+    _layouts[plain(model)] = (layout, *checked)
     return layout
 
 
 @torch.no_grad()
-def _self_check(model, layout, depth):
+def _self_check(model, layout, depth, width):
     """Score an invented tree as a tree and as rows. Returns None where they agree, else a str saying what went wrong."""
-    part = max(depth // 4, 1)
-    tokens = tuple((torch.arange(6 * part + depth) * 7919 % model.get_input_embeddings().weight.shape[0]).tolist())
-    a, b, c, d, *_ = (tokens[i * part:(i + 1) * part] for i in range(6))
-    prompt = tokens[6 * part:][:max(depth - part, 1)]
+    part = max(min(depth // 4, 16), 1)  # tokens of a phrase: few, for each costs a row of logits
+    others = max(width - depth, 0) // (3 * part - 2) + 1  # prompts after the first: each adds 3 * part - 2 nodes
+    tokens = tuple((torch.arange((others + 3) * part + depth) * 7919 % model.get_input_embeddings().weight.shape[0]).tolist())
+    a, b, c, *ends = (tokens[i * part:(i + 1) * part] for i in range(others + 3))
+    prompt = tokens[-depth:][:depth - part + 1]
     tails = [a, a[:part // 2] + b[part // 2:], c]  # two share a beginning, as do the prompts
-    items = [(prompt, tails), (prompt[:len(prompt) // 2] + d, tails[1:])]
+    items = [(prompt, tails), *((prompt[:len(prompt) // 2] + end, tails[1:]) for end in ends)]
     try:
         fast, exact = _forward_tree(model, build_tree(items), layout), _forward_rows(model, items)
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
@@ -286,26 +288,27 @@ def context(model):
 
 
 def joint_log_probs(model, tokenizer, prompts, phrases, nodes=NODES):
-    """log P(a_k | d) of every phrase of each prompt: a list of float32 [A]; equal prompts are computed once. Raises ScoringError."""
+    """log P(a_k | d) of every phrase of each prompt: a list of float32 [A]; equal token ids are computed once. Raises ScoringError."""
     items = [tokenize(tokenizer, prompt, tuple(actions)) for prompt, actions in zip(prompts, phrases, strict=True)]
     if not items:
         return []
     depth, prompt = max((len(prompt_ids) + max(map(len, tails)) - 1, prompt) for prompt, (prompt_ids, tails) in zip(prompts, items))
     if depth > (limit := context(model)):
         raise ScoringError(f"prompt and phrase have {depth} tokens, but the model's context holds {limit}; shorten {prompt[:40]!r} ...")
-    layout, joint = _layout(model, depth), {}
-    for part in group(set(items), nodes):
-        scores = _forward_rows(model, part) if layout is None else _forward_tree(model, build_tree(part), layout)
-        joint.update(zip(part, scores.split([len(tails) for _, tails in part])))
+    trees = [build_tree(part) for part in group(set(items), nodes)]
+    layout, joint = _layout(model, depth, max(len(tree.ids) for tree in trees)), {}
+    for tree in trees:
+        scores = _forward_rows(model, tree.items) if layout is None else _forward_tree(model, tree, layout)
+        joint.update(zip(tree.items, scores.split([len(tails) for _, tails in tree.items])))
     if not torch.isfinite(torch.cat(list(joint.values()))).all():
         raise NonFiniteScores("the model gives log-probabilities that are not finite; check its weights, or use a wider --dtype")
     return [joint[item] for item in items]
 
 
 def score_actions(model, tokenizer, prompts, phrases, normalization="word", nodes=NODES):
-    """What runs: the same values and gradients as score_actions_naive, each distinct token computed once.
+    """What runs: the same values and gradients as score_actions_naive, each distinct token of a forward computed once.
 
-    Arguments and result as there; up to `nodes` tokens go through the model at once. Raises ScoringError.
+    Arguments and result as there; `nodes` bounds the tokens of a forward (a larger prompt stands alone). Raises ScoringError.
     """
     return _policy(joint_log_probs(model, tokenizer, prompts, phrases, nodes), tokenizer, prompts, phrases, normalization)
 

@@ -123,7 +123,8 @@ class Agent:
 
     def preflight(self, items, samples=32):
         """What training on these items will take, `samples` a backward pass: (dict, printable text); see models.preflight."""
-        return models.preflight(self.model, [build_tree([tokenize(self.tokenizer, *item)]) for item in dict.fromkeys(items)], samples, [self.critic])
+        trees = [build_tree([tokenize(self.tokenizer, *item)]) for item in dict.fromkeys(items)]
+        return models.preflight(self.model, trees, samples, [self.critic])
 
     def policy_parameters(self):
         """The LoRA weights, and nothing else: the base is frozen."""

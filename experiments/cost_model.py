@@ -3,9 +3,9 @@
   python experiments/bench.py --cost-model
 
 The model: an iteration computes D distinct prompts in its rollout, in as many calls as steps meet a new one; the critic computes
-the same D once; each minibatch computes its own distinct prompts, forward and backward. A call costs a constant and its FLOPs over
-a rate. Constant and rate are measured on single calls of 1 and 32 prompts, and one number more, the seconds of everything
-that is not the model, on one iteration at the base point. Nothing is fitted to the curves.
+the same D once; each minibatch computes its own distinct prompts, forward and backward, in calls of up to scoring.NODES tokens. A
+call costs a constant and its FLOPs over a rate. Constant and rate are measured on 1 and on 32 prompts, and one number more, the
+seconds of everything that is not the model, on one iteration at the base point. Nothing is fitted to the curves.
 
 Not for every world: here prompts are met at random; how many of your world's are distinct is for you to count.
 """
@@ -45,14 +45,14 @@ class Drill:
 
 
 def packed_flops(agent, items):
-    """FLOPs of one forward of an item, and of the critic's over its prompt alone: means over items, by Count's formula, without pads."""
+    """FLOPs of one forward of an item alone, and of the critic's over its prompt: means over items, by Count's formula."""
     count, trees = Count(agent), [scoring.build_tree([scoring.tokenize(agent.tokenizer, *item)]) for item in items]
     flops = lambda S, parents: 2 * count.layer_weights * S + count.attention * S * (S + 1) / 2 + count.row * parents
     return np.mean([(flops(len(tree.ids), len(tree.parents)), flops(len(tree.items[0][0]), 0)) for tree in trees], axis=0)
 
 
 def rates_of(agent, items):
-    """Seconds a call and forward FLOPs a second, without and with gradient, from calls of 1 and of 32 prompts: {grad: (seconds, rate)}."""
+    """Seconds a call and forward FLOPs a second, without and with gradient, from 1 and from 32 prompts: {grad: (seconds, rate)}."""
     def call(items, grad):
         def work():
             agent.policy_changed()
@@ -61,11 +61,17 @@ def rates_of(agent, items):
             total.backward() if grad else None
         return min(timed(work, agent.model.device)[0] for _ in range(7))
 
-    rates, flops = {}, packed_flops(agent, items)[0]
+    rates, flops, calls = {}, packed_flops(agent, items)[0], calls_of(agent, items[:32], 32)
     for grad in (False, True):
-        one, many = call(items[:1], grad), call(items[:32], grad)
-        rates[grad] = max(one - (many - one) / 31, 0.0), 31 * flops / (many - one)
+        one, many = call(items[:1], grad), call(items[:32], grad)  # one = constant + flops / rate; many = calls * constant + 32 * flops / rate
+        constant = max((32 * one - many) / (32 - calls), 0.0)
+        rates[grad] = constant, flops / (one - constant)
     return rates
+
+
+def calls_of(agent, items, count):
+    """Calls in which so many prompts like these are scored."""
+    return np.ceil(count * np.mean([len(scoring.build_tree([scoring.tokenize(agent.tokenizer, *item)]).ids) for item in items]) / scoring.NODES)
 
 
 def predict(agent, items, config, rates, rest=0.0):
@@ -73,10 +79,11 @@ def predict(agent, items, config, rates, rest=0.0):
     K, N, T = len(items), config.num_envs, config.rollout_steps
     distinct = lambda samples: K * (1 - (1 - 1 / K) ** samples)  # expected number of distinct prompts among so many
     calls = sum(1 - (1 - (1 - 1 / K) ** (N * t)) ** N for t in range(T))  # steps at which some prompt is new to this rollout
-    scoring, critic = packed_flops(agent, items)
+    phrases, critic = packed_flops(agent, items)
     (call, rate), (call_grad, rate_grad) = rates[False], rates[True]
-    rollout = (calls + 1) * call + distinct(N * T) * (scoring + critic) / rate
-    update = N * T / config.minibatch * (call_grad + distinct(config.minibatch) * scoring / rate_grad)
+    rollout = (calls + 1) * call + distinct(N * T) * (phrases + critic) / rate
+    each = distinct(config.minibatch)
+    update = N * T / config.minibatch * (calls_of(agent, items, each) * call_grad + each * phrases / rate_grad)
     return rollout + update + rest * N * T
 
 

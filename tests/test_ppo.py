@@ -213,6 +213,26 @@ def test_same_seed_same_run_and_a_state_dict_continues_it():
     np.testing.assert_equal(run(2, other), rows[2:])
 
 
+def test_a_minibatchs_distinct_items_are_computed_once():
+    agent, seen = MLP(4, 2), []
+    score = agent.log_probs
+    agent.log_probs = lambda items: (torch.is_grad_enabled() and seen.append(list(items)), score(items))[1]
+    ppo.PPO(Corridor, agent, SMALL, seed=1).iterate()
+    assert len(seen) == 4 and all(len(set(items)) == len(items) < SMALL.minibatch for items in seen)
+
+
+def test_without_any_reward_the_policy_stays_as_it_is(monkeypatch):
+    """A prior must outlast the wait for the first reward: a fresh critic says 0, and the entropy bonus alone must not move the policy."""
+    step = Corridor.step
+    monkeypatch.setattr(Corridor, "step", lambda self, action: (lambda obs, _, *rest: (obs, 0.0, *rest))(*step(self, action)))
+    agent = MLP(4, 2)
+    torch.nn.init.zeros_(agent.critic[-1].bias)
+    before = [parameter.clone() for parameter in agent.policy_parameters()]
+    trainer = ppo.PPO(Corridor, agent, SMALL, seed=1)
+    rows = [trainer.iterate() for _ in range(3)]
+    assert rows[-1]["entropy"] > 0.1 and all(map(torch.equal, before, agent.policy_parameters()))
+
+
 def test_evaluation_does_not_favour_short_episodes():
     """A policy that mostly stays: its few quick successes must not crowd out the many episodes that the time limit cuts."""
     agent = MLP(4, 2)

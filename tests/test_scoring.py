@@ -141,7 +141,31 @@ def test_each_distinct_token_goes_through_the_model_once(name, path, recwarn):
     assert torch.equal(first, second) and torch.equal(first, third)
 
 
-ALIKE = ["You see a tomato. Next", "You see a tomato.", "You see a tomato. Next, you should take the", "You see a bowl", "walk"]  # one opens another
+@pytest.mark.parametrize("context", [256, 2048])
+def test_the_self_check_is_as_wide_as_the_trees(context):
+    """GPT-Neo's window counts columns, and its buffer holds `context` of them."""
+    model = tiny.model("gpt-neo", attention="eager", window_size=256, max_position_embeddings=context)
+    prompts = [f"You see a {a} on the {b}. Next, you should take" for a in ("tomato", "bowl", "lettuce", "board")
+               for b in ("counter", "kitchen", "dish", "microwave")]
+    phrases = [["the bowl", "nothing"]] * len(prompts)
+    items = [scoring.tokenize(BYTE_BPE, prompt, tuple(actions)) for prompt, actions in zip(prompts, phrases)]
+    assert 256 < len(scoring.build_tree(items).ids) <= scoring.NODES
+    model = adapted(model)
+    reference = values_and_gradients(scoring.score_actions_naive, model, BYTE_BPE, prompts, phrases)
+    with pytest.warns(UserWarning, match="one row a phrase"):
+        assert max(deviation(values_and_gradients(scoring.score_actions, model, BYTE_BPE, prompts, phrases), reference)) < 1e-4
+
+
+def test_the_self_check_is_as_deep_as_the_trees():
+    """A window of 63 that the configuration hides shows at a depth of 64."""
+    model = tiny.model("mistral-window", sliding_window=63)
+    assert scoring._self_check(model, {"single": None}, 63, 1) is None
+    assert scoring._self_check(model, {"single": None}, 64, 1) is not None
+    assert scoring._self_check(model, {"single": 63}, 64, scoring.NODES) is None
+
+
+# One opens another.
+ALIKE = ["You see a tomato. Next", "You see a tomato.", "You see a tomato. Next, you should take the", "You see a bowl", "walk"]
 
 
 @pytest.mark.parametrize("nodes", [1, 30, 512])
