@@ -47,8 +47,9 @@ class Drill:
 def packed_flops(agent, items):
     """FLOPs of one forward of an item alone, and of the critic's over its prompt: means over items, by Count's formula."""
     count, trees = Count(agent), [scoring.build_tree([scoring.tokenize(agent.tokenizer, *item)]) for item in items]
-    flops = lambda S, parents: 2 * count.layer_weights * S + count.attention * S * (S + 1) / 2 + count.row * parents
-    return np.mean([(flops(len(tree.ids), len(tree.parents)), flops(len(tree.items[0][0]), 0)) for tree in trees], axis=0)
+    flops = lambda S, pairs, parents: 2 * count.layer_weights * S + count.attention * pairs + count.row * parents
+    prompts = [len(tree.items[0][0]) for tree in trees]
+    return np.mean([(flops(len(tree.ids), tree.visible.sum().item(), len(tree.parents)), flops(S, S * (S + 1) / 2, 0)) for tree, S in zip(trees, prompts)], axis=0)
 
 
 def rates_of(agent, items):

@@ -31,8 +31,8 @@ def matmul_peak(device, dtype):
 class Count:
     """Counts, while it is entered, what goes through an agent's LLM: tokens computed (pads too), calls, FLOPs.
 
-    A token costs 2 FLOPs a weight of the L layers, a logit row 2 H V, and attention 4 H L for each earlier position of its
-    sequence. Backwards, frozen weights need the gradient of their input alone: as much again; attention needs it twice.
+    A token costs 2 FLOPs a weight of the L layers, a logit row 2 H V, and attention 4 H L for each position that it may see: in a
+    tree, its ancestors alone (the kernel computes, and throws away, the rest). Backwards, frozen weights need the gradient of their input alone: as much again; attention needs it twice.
     """
 
     def __init__(self, agent):
@@ -43,7 +43,7 @@ class Count:
 
     def __enter__(self):
         self.tokens = self.calls = self.flops = 0
-        self.hooks = [self.model.get_input_embeddings().register_forward_pre_hook(self.body),
+        self.hooks = [self.model.base_model.register_forward_pre_hook(self.body, with_kwargs=True),
                       self.model.get_output_embeddings().register_forward_pre_hook(self.head)]
         return self
 
@@ -51,10 +51,11 @@ class Count:
         for hook in self.hooks:
             hook.remove()
 
-    def body(self, module, args):
-        (B, S), grad = args[0].shape, torch.is_grad_enabled()
+    def body(self, module, args, options):
+        (B, S), mask, grad = options["input_ids"].shape, options.get("attention_mask"), torch.is_grad_enabled()
+        pairs = (mask == 0).sum() if mask is not None and mask.dim() == 4 else B * S * (S + 1) // 2  # a tensor: a GPU need not wait for it
         self.calls, self.tokens = self.calls + 1, self.tokens + B * S
-        self.flops += (2 if grad else 1) * 2 * self.layer_weights * B * S + (3 if grad else 1) * self.attention * B * S * (S + 1) // 2
+        self.flops = self.flops + (2 if grad else 1) * 2 * self.layer_weights * B * S + (3 if grad else 1) * self.attention * pairs
 
     def head(self, module, args):
         self.flops += (2 if torch.is_grad_enabled() else 1) * self.row * args[0].shape[:-1].numel()
@@ -64,7 +65,7 @@ def cost(work, agent):
     """(np.array([seconds, tokens, FLOPs]) of work(), what it returned). Counting takes two calls of Python a forward."""
     with Count(agent) as count:
         seconds, result = timed(work, agent.model.device)
-    return np.array([seconds, count.tokens, count.flops]), result
+    return np.array([seconds, count.tokens, float(count.flops)]), result
 
 
 class Clock:

@@ -45,6 +45,10 @@ def test_tokens_and_flops_are_counted_as_by_hand(agent):
     layer = 4 * H * H + 3 * H * I + 2 * 2 * 8 * H  # q, k, v, o; gate, up, down; LoRA of rank 8 on q and v
     assert (count.calls, count.tokens) == (1, 21)
     assert count.flops == 21 * (2 * L * layer + 2 * H * V) + 4 * H * L * 3 * (7 * 8 // 2)
+    siblings = torch.full((3, 1, 7, 7), torch.finfo(torch.float32).min).masked_fill(torch.eye(7, dtype=torch.bool), 0.0)
+    with measure.Count(agent) as count, torch.no_grad():  # of a tree's mask, what is seen
+        agent.model(input_ids=ids, attention_mask=siblings, use_cache=False)
+    assert count.flops == 21 * (2 * L * layer + 2 * H * V) + 4 * H * L * 3 * 7
 
 
 def test_a_clock_accounts_for_every_moment_once():
