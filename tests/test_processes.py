@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +21,11 @@ SMALL = "--num-envs 4 --rollout-steps 16 --minibatch 32 --epochs 1 --checkpoint-
 
 
 def start(processes, folder, *flags):
+    """Begin a small run in `folder` with so many processes. Returns their Popens."""
+    return launch(processes, *SMALL, "--out", str(folder), *flags)
+
+
+def launch(processes, *flags):
     """Start twosome.py as so many processes, as torchrun starts them: by environment variables. Returns their Popens."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -27,7 +33,7 @@ def start(processes, folder, *flags):
     common = {**os.environ, "OMP_NUM_THREADS": "1"}
     if processes > 1:
         common.update(WORLD_SIZE=str(processes), MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    return [subprocess.Popen([sys.executable, os.path.join(ROOT, "twosome.py"), *SMALL, "--device", "cpu", "--out", str(folder), *flags],
+    return [subprocess.Popen([sys.executable, os.path.join(ROOT, "twosome.py"), "--device", "cpu", *flags],
                              env={**common, **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {})}, text=True,
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in range(processes)]
 
@@ -54,6 +60,15 @@ def test_two_processes_give_the_result_of_one(tmp_path):
     rows = [list(csv.DictReader(open(tmp_path / folder / "metrics.csv"))) for folder in ("one", "two")]
     assert len(rows[0]) == len(rows[1]) == 3
     assert [row["episodes"] for row in rows[0]] == [row["episodes"] for row in rows[1]]
+    # And a run of two goes on where it was: the last of its three updates is done again.
+    shutil.copytree(tmp_path / "two", tmp_path / "again")
+    (code, out, error), _ = finish(launch(2, "--resume", str(tmp_path / "again"), "--from", "checkpoint-2"))
+    assert code == 0 and "final evaluation" in out, error
+    for name in ("adapter_model", "critic"):
+        two, again = (safetensors.torch.load_file(runs.find(str(tmp_path / folder)) + f"/{name}.safetensors") for folder in ("two", "again"))
+        for key in two:
+            torch.testing.assert_close(two[key], again[key], rtol=1e-4, atol=2e-5)
+    assert len(list(csv.DictReader(open(tmp_path / "again" / "metrics.csv")))) == 3
 
 
 def test_a_killed_process_ends_the_other_in_one_line_with_a_whole_checkpoint(tmp_path):
