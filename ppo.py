@@ -16,6 +16,7 @@ tests/test_ppo.py another):
   values(items) -> Tensor [B]        V(s), with gradients to the critic alone
   policy_parameters(), value_parameters() -> list[Parameter]     two disjoint lists
   policy_changed()                   called after each step of the policy's optimiser: forget remembered scores
+  known(items), learn(known)         of several processes only: what it has computed of items for good; take over another's
 An environment is Gymnasium-shaped; its info may carry "admissible" (action indices), "duration" (primitive steps of the
 last action, 1 where absent) and "success" (where an episode ended).
 
@@ -255,7 +256,12 @@ class PPO:
         self.value_optimizer.param_groups[0]["lr"] = self.config.critic_lr * left
         # 2. Rollout: the policy stands still, so an agent may remember what it has scored.
         self.agent.policy_changed()  # also where no step was taken: a resumed run has nothing remembered either
-        rollout = Rollout.join(gather(self.rollout()))
+        rollout = self.rollout()
+        if self.world > 1:
+            parts, known = zip(*gather((rollout, self.agent.known(rollout.items))))
+            rollout = Rollout.join(parts)
+            for other in known:
+                self.agent.learn(other)
         self.count(rollout)
         # 3. Bootstrapping and GAE; normalised once, over the whole batch.
         advantages, returns = gae(rollout.rewards, rollout.values, rollout.next_values,
@@ -320,8 +326,7 @@ class PPO:
         self.steps += rollout.values.numel()
 
     def update_critic(self, rollout, returns):
-        """Clipped value loss on the stored items. The agent's features do not change, so no LLM pass is in here, but for one: of
-        several processes the first, which trains the critic, computes those of prompts that only others have met."""
+        """Clipped value loss on the stored items; the agent's features do not change, so no LLM pass is in here."""
         config, old, losses, norms = self.config, rollout.values.flatten(), [], []
         for batch in self.minibatches(len(rollout.items)):
             if self.rank:  # the first process does this for all: an MLP's gradient takes longer to send than to compute

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 NORMALIZATIONS = ("sum", "token", "word")
-NODES = 512  # tokens of one forward (our choice): longer sequences waste attention on what they may not see, shorter ones share less
+NODES, TREES = 256, 4  # tokens of a tree, trees of a forward (our choice): a larger tree wastes attention on what nobody may see, a
+# smaller one shares less; a larger forward leaves a processor's cache
 
 
 class ScoringError(ValueError):
@@ -114,7 +115,7 @@ def score_actions_naive(model, tokenizer, prompts, phrases, normalization="word"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The same, fast: prompts and their phrases become one trie of tokens, packed into one sequence
+# The same, fast: prompts and their phrases become a trie of tokens, packed into one sequence
 
 class Tree(NamedTuple):
     """Some prompts and the phrases of each as one sequence of S tokens: the nodes of the trie of all their tokens, parents first.
@@ -156,22 +157,20 @@ def build_tree(items):
     return Tree(items, *map(torch.from_numpy, (ids, visible.sum(1) - 1, visible, parents, np.stack([of, tokens], 1), paths)))
 
 
-def group(items, limit):
-    """Split items, as build_tree takes them, into lists whose trees have up to `limit` nodes (an item larger than that stands alone).
+def group(items, nodes):
+    """Split items, as build_tree takes them, into lists whose trees are about equally large, with about `nodes` nodes at most.
 
     Sorted by their tokens, so that what shares the longest beginnings comes together.
     """
-    groups, size, last = [], 0, ()
-    for item in sorted(items):
-        prompt_ids, tails = item
-        own = len(prompt_ids) + len({tail[:i] for tail in tails for i in range(1, len(tail))})
+    starts, total, last = [], 0, ()  # starts: nodes of one tree of all items before each
+    for prompt_ids, tails in sorted(items):
+        starts.append(total)
         shared = next((i for i, (a, b) in enumerate(zip(last, prompt_ids)) if a != b), min(len(last), len(prompt_ids)))
-        if not groups or size + own - shared > limit:
-            groups.append([])
-            size = shared = 0
-        groups[-1].append(item)
-        size, last = size + own - shared, prompt_ids
-    return groups
+        total += len(prompt_ids) - shared + len({tail[:i] for tail in tails for i in range(1, len(tail))})
+        last = prompt_ids
+    parts = -(-total // nodes)
+    keyed = itertools.groupby(zip(starts, sorted(items)), lambda pair: pair[0] * parts // total)
+    return [[item for _, item in pairs] for _, pairs in keyed]
 
 
 @functools.lru_cache(maxsize=64)
@@ -187,18 +186,30 @@ def _logits(model, keep, **inputs):
     return model(**inputs, use_cache=False).logits[keep].float()
 
 
-def _forward_tree(model, tree, layout):
-    """Joint log-probabilities of every phrase of a tree in one forward, float32 [A]."""
-    ids, positions, visible, parents, edges, paths = (tensor.to(model.device) for tensor in tree[1:])
+def _forward_trees(model, trees, layout):
+    """Joint log-probabilities of every phrase of B trees, one after the other, in one forward: float32 [A]."""
+    device, dtype, S = model.device, model.dtype, max(len(tree.ids) for tree in trees)
+    pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    ids, positions = (pad([tree[i] for tree in trees]).to(device) for i in (1, 2))  # [B, S]; id 0 is a token like any other, which nobody sees
+    visible = torch.eye(S, dtype=torch.bool).repeat(len(trees), 1, 1)  # [B, S, S]
+    keep = torch.zeros(len(trees), S, dtype=torch.bool)
+    for b, tree in enumerate(trees):
+        visible[b, :len(tree.ids), :len(tree.ids)] = tree.visible
+        keep[b, tree.parents] = True
+    visible = visible.to(device)
 
     def additive(mask):  # a bool mask is silently wrong under eager attention: hand over what is added to the scores
-        return torch.zeros(mask.shape, dtype=model.dtype, device=model.device).masked_fill_(~mask, torch.finfo(model.dtype).min)[None, None]
+        return torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(~mask, torch.finfo(dtype).min)[:, None]
 
-    mask = {kind: additive(visible if window is None else visible & (positions[:, None] - positions < window)) for kind, window in layout.items()}
-    keep = torch.zeros(1, len(ids), dtype=torch.bool, device=model.device).index_fill_(1, parents, True)
-    logits = _logits(model, keep, input_ids=ids[None], position_ids=positions[None], attention_mask=mask.get("single", mask))  # [P, V]
-    log_probs = logits[edges[:, 0], edges[:, 1]] - logits.logsumexp(-1)[edges[:, 0]]  # of each distinct phrase token
-    return torch.nn.functional.pad(log_probs, (0, 1))[paths].sum(-1)  # the 0 behind them stands where a phrase is over
+    mask = {kind: additive(visible if window is None else visible & (positions[:, :, None] - positions[:, None, :] < window))
+            for kind, window in layout.items()}
+    logits = _logits(model, keep.to(device), input_ids=ids, position_ids=positions, attention_mask=mask.get("single", mask))
+    joints = []
+    for tree, part in zip(trees, logits.split([len(tree.parents) for tree in trees])):  # [P, V]
+        rows, tokens = tree.edges.to(device).T
+        log_probs = part[rows, tokens] - part.logsumexp(-1)[rows]  # of each distinct phrase token
+        joints.append(torch.nn.functional.pad(log_probs, (0, 1))[tree.paths.to(device)].sum(-1))  # the 0 behind them stands where a phrase is over
+    return torch.cat(joints)
 
 
 def _forward_rows(model, items):
@@ -266,7 +277,7 @@ def _self_check(model, layout, depth, width):
     tails = [a, a[:part // 2] + b[part // 2:], c]  # two share a beginning, as do the prompts
     items = [(prompt, tails), *((prompt[:len(prompt) // 2] + end, tails[1:]) for end in ends)]
     try:
-        fast, exact = _forward_tree(model, build_tree(items), layout), _forward_rows(model, items)
+        fast, exact = _forward_trees(model, [build_tree(items)], layout), _forward_rows(model, items)
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -297,9 +308,11 @@ def joint_log_probs(model, tokenizer, prompts, phrases, nodes=NODES):
         raise ScoringError(f"prompt and phrase have {depth} tokens, but the model's context holds {limit}; shorten {prompt[:40]!r} ...")
     trees = [build_tree(part) for part in group(set(items), nodes)]
     layout, joint = _layout(model, depth, max(len(tree.ids) for tree in trees)), {}
-    for tree in trees:
-        scores = _forward_rows(model, tree.items) if layout is None else _forward_tree(model, tree, layout)
-        joint.update(zip(tree.items, scores.split([len(tails) for _, tails in tree.items])))
+    for start in range(0, len(trees), TREES):
+        part = trees[start:start + TREES]
+        packed = [item for tree in part for item in tree.items]
+        scores = _forward_rows(model, packed) if layout is None else _forward_trees(model, part, layout)
+        joint.update(zip(packed, scores.split([len(tails) for _, tails in packed])))
     if not torch.isfinite(torch.cat(list(joint.values()))).all():
         raise NonFiniteScores("the model gives log-probabilities that are not finite; check its weights, or use a wider --dtype")
     return [joint[item] for item in items]
@@ -308,7 +321,7 @@ def joint_log_probs(model, tokenizer, prompts, phrases, nodes=NODES):
 def score_actions(model, tokenizer, prompts, phrases, normalization="word", nodes=NODES):
     """What runs: the same values and gradients as score_actions_naive, each distinct token of a forward computed once.
 
-    Arguments and result as there; `nodes` bounds the tokens of a forward (a larger prompt stands alone). Raises ScoringError.
+    Arguments and result as there; a tree has about `nodes` tokens at most (a larger prompt stands alone). Raises ScoringError.
     """
     return _policy(joint_log_probs(model, tokenizer, prompts, phrases, nodes), tokenizer, prompts, phrases, normalization)
 

@@ -121,6 +121,17 @@ class Agent:
         place = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in items))}  # equal prompts, equal values
         return self.critic(self.features(list(place)))[[place[prompt] for prompt, _ in items], 0]
 
+    def known(self, items):
+        """These items' prompts and their features, for other processes: (list[str], [B, H] on the CPU)."""
+        prompts = list(dict.fromkeys(prompt for prompt, _ in items))
+        return prompts, self.features(prompts).cpu()
+
+    def learn(self, known):
+        """Remember another process's features of prompts that were not met here."""
+        prompts, features = known
+        for prompt, feature in zip(prompts, features.to(self.model.device)):
+            self._features.setdefault(prompt, feature)
+
     def preflight(self, items, samples=32):
         """What training on these items will take, `samples` a backward pass: (dict, printable text); see models.preflight."""
         trees = [build_tree([tokenize(self.tokenizer, *item)]) for item in dict.fromkeys(items)]

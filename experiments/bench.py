@@ -19,6 +19,7 @@ Axes: B prompts, A actions, S tokens of a sequence, H hidden, V vocabulary, L la
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -65,11 +66,16 @@ class Published(twosome.Agent):
 
     def __init__(self, agent):
         self.__dict__.update(agent.__dict__)
+        self.samples = itertools.count()
+
+    def encode(self, obs, info):
+        """Every sample is an item of its own: ppo.PPO computes equal items once."""
+        return (*super().encode(obs, info), next(self.samples))
 
     def log_probs(self, items):
         """One row an action, R = the sum of the prompts' A; logits of all positions, log-softmax over S x V of every row."""
         rows, starts = [], []
-        for prompt, phrases in items:
+        for prompt, phrases, *_ in items:
             ids, tails = scoring.tokenize.__wrapped__(self.tokenizer, prompt, phrases)  # past the memory: tokenised again
             rows += [[*ids, *tail] for tail in tails]
             starts += [len(ids)] * len(tails)
@@ -77,12 +83,12 @@ class Published(twosome.Agent):
         log_probs = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float().log_softmax(-1)  # [R, S, V]
         tokens = log_probs[:, :-1].gather(2, ids[:, 1:, None])[..., 0]  # [R, S - 1]: position i predicts token i + 1
         columns, start = torch.arange(1, ids.shape[1], device=ids.device), torch.tensor(starts, device=ids.device)[:, None]
-        joint = (tokens * ((columns >= start) & mask[:, 1:].bool())).sum(1).split([len(phrases) for _, phrases in items])
-        return [scoring.normalize(row, None, [len(phrase.split()) for phrase in phrases], "word") for row, (_, phrases) in zip(joint, items)]
+        joint = (tokens * ((columns >= start) & mask[:, 1:].bool())).sum(1).split([len(phrases) for _, phrases, *_ in items])
+        return [scoring.normalize(row, None, [len(phrase.split()) for phrase in phrases], "word") for row, (_, phrases, *_) in zip(joint, items)]
 
     def values(self, items):
         """The whole LLM with the adapter off, for every item anew; then the MLP."""
-        ids, mask = self.pad(scoring.encode(self.tokenizer, [prompt for prompt, _ in items]))
+        ids, mask = self.pad(scoring.encode(self.tokenizer, [prompt for prompt, *_ in items]))
         with torch.no_grad(), self.model.disable_adapter():
             hidden = self.model.get_base_model().base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state  # [B, S, H]
         return self.critic(hidden[torch.arange(len(ids)), mask.sum(1) - 1].float())[:, 0]

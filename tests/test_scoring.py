@@ -141,15 +141,15 @@ def test_each_distinct_token_goes_through_the_model_once(name, path, recwarn):
     assert torch.equal(first, second) and torch.equal(first, third)
 
 
-@pytest.mark.parametrize("context", [256, 2048])
+@pytest.mark.parametrize("context", [200, 2048])
 def test_the_self_check_is_as_wide_as_the_trees(context):
     """GPT-Neo's window counts columns, and its buffer holds `context` of them."""
-    model = tiny.model("gpt-neo", attention="eager", window_size=256, max_position_embeddings=context)
+    model = tiny.model("gpt-neo", attention="eager", window_size=200, max_position_embeddings=context)
     prompts = [f"You see a {a} on the {b}. Next, you should take" for a in ("tomato", "bowl", "lettuce", "board")
                for b in ("counter", "kitchen", "dish", "microwave")]
     phrases = [["the bowl", "nothing"]] * len(prompts)
     items = [scoring.tokenize(BYTE_BPE, prompt, tuple(actions)) for prompt, actions in zip(prompts, phrases)]
-    assert 256 < len(scoring.build_tree(items).ids) <= scoring.NODES
+    assert min(len(scoring.build_tree(part).ids) for part in scoring.group(items, scoring.NODES)) > 200
     model = adapted(model)
     reference = values_and_gradients(scoring.score_actions_naive, model, BYTE_BPE, prompts, phrases)
     with pytest.warns(UserWarning, match="one row a phrase"):
@@ -168,7 +168,7 @@ def test_the_self_check_is_as_deep_as_the_trees():
 ALIKE = ["You see a tomato. Next", "You see a tomato.", "You see a tomato. Next, you should take the", "You see a bowl", "walk"]
 
 
-@pytest.mark.parametrize("nodes", [1, 30, 512])
+@pytest.mark.parametrize("nodes", [1, 20, 512])
 def test_prompts_that_begin_alike_share_a_tree_of_so_many_nodes(nodes):
     model, seen = adapted(tiny.model("mistral-window")), []
     phrases = [["take the bowl", "take the tomato"], ["Next", "Next take"], ["bowl", "tomato"], ["serve", "see a tomato"], ["away", "a way"]]
@@ -180,9 +180,9 @@ def test_prompts_that_begin_alike_share_a_tree_of_so_many_nodes(nodes):
     items = [scoring.tokenize(BYTE_BPE, prompt, tuple(actions)) for prompt, actions in zip(ALIKE, phrases)]
     distinct = {(*prompt_ids, *tail)[:i] for prompt_ids, tails in items for tail in tails for i in range(1, len(prompt_ids) + len(tail))}
     if nodes == 1:
-        assert len(seen) == len(items)  # one too large for any tree still gets one
-    elif nodes == 30:
-        assert 1 < len(seen) < len(items) and all(shape[1] <= 30 for shape in seen)
+        assert [shape[0] for shape in seen] == [scoring.TREES, len(items) - scoring.TREES]  # one too large for any tree still gets one
+    elif nodes == 20:
+        assert len(seen) == 1 and 1 < seen[0][0] < len(items) and seen[0][1] < 30
     else:
         assert seen == [(1, len(distinct))] and len(distinct) < sum(len(scoring.build_tree([item]).ids) for item in items) - 20
 
