@@ -309,8 +309,10 @@ def train(config, run, agent, make_env, which="last", episodes=100):
                 run.checkpoint(agent, trainer)
             if stop:
                 bar.close()
+                part()
                 print(f"stopped after update {trainer.updates} of {trainer.total_updates}; go on with: python twosome.py --resume {run.folder}")
                 return signals.exit_code
+    part()
     if trainer.rank:
         return 0  # the first process evaluates and reports
     best = make_env().best_return
@@ -419,6 +421,13 @@ def join_processes():
     if rank:
         sys.stdout = open(os.devnull, "w")
     return rank
+
+
+def part():
+    """Leave the other processes. They wait for a last word of the first: one that ended earlier could cut off a message it still reads."""
+    if ppo.processes()[1] > 1:
+        torch.distributed.broadcast(torch.zeros(1), src=0)
+        torch.distributed.destroy_process_group()
 
 
 def main(argv=None):

@@ -47,8 +47,8 @@ def finish(started):
 def test_two_processes_give_the_result_of_one(tmp_path):
     """The same environments, minibatches and sums, in another order of addition: equal within float32's rounding."""
     alone, together = start(1, tmp_path / "one", "--steps", "192"), start(2, tmp_path / "two", "--steps", "192")
-    (code, out, _), *both = finish(alone + together)
-    assert code == 0 and [code for code, _, _ in both] == [0, 0]
+    (code, out, error), *both = finish(alone + together)
+    assert [code, *(code for code, _, _ in both)] == [0, 0, 0], (error, both)
     assert out.count("final evaluation") == both[0][1].count("final evaluation") == 1
     assert both[1][1:] == ("", "")  # the second says nothing
     for name in ("adapter_model", "critic"):
