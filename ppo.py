@@ -368,7 +368,9 @@ class PPO:
         samples = collections.defaultdict(list)  # item -> which of the minibatch's samples it is: computed once for all of them
         for i in batch:
             samples[rollout.items[i]].append(i)
-        mine = list(samples)[self.rank::self.world]
+        mine = list(samples)
+        if self.world > 1:  # neighbours in the alphabet: an agent may compute once what their texts begin with
+            mine = sorted(mine, key=repr)[self.rank * len(mine) // self.world:(self.rank + 1) * len(mine) // self.world]
         # Our choice: no bonus for a rollout without any reward. Nothing opposes it there, and Adam, which makes full steps of however
         # small a gradient, would wear a prior down to chance before the first reward is met.
         bonus = config.entropy * bool(rollout.rewards.any())
