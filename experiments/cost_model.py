@@ -3,9 +3,9 @@
   python experiments/bench.py --cost-model
 
 The model: an iteration computes D distinct prompts in its rollout, in as many calls as steps meet a new one; the critic computes
-the same D once; each minibatch computes its own distinct prompts, forward and backward, in calls of up to scoring.NODES tokens. A
-call costs a constant and its FLOPs over a rate. Constant and rate are measured on 1 and on 32 prompts, and one number more, the
-seconds of everything that is not the model, on one iteration at the base point. Nothing is fitted to the curves.
+the same D once; each minibatch computes its own distinct prompts, forward and backward, in calls of up to scoring.NODES x TREES
+tokens. A call costs a constant and its FLOPs over a rate. Constant and rate are measured on 1 and on 32 prompts, and one number
+more, the seconds of everything that is not the model, on one iteration at the base point. Nothing is fitted to the curves.
 
 Not for every world: here prompts are met at random; how many of your world's are distinct is for you to count.
 """
@@ -72,7 +72,7 @@ def rates_of(agent, items):
 
 def calls_of(agent, items, count):
     """Calls in which so many prompts like these are scored."""
-    return np.ceil(count * np.mean([len(scoring.build_tree([scoring.tokenize(agent.tokenizer, *item)]).ids) for item in items]) / scoring.NODES)
+    return np.ceil(count * np.mean([len(scoring.build_tree([scoring.tokenize(agent.tokenizer, *item)]).ids) for item in items]) / (scoring.NODES * scoring.TREES))
 
 
 def predict(agent, items, config, rates, rest=0.0):
