@@ -187,6 +187,11 @@ def in_one_message(send, tensors):
             tensor.copy_(part.view_as(tensor))
 
 
+def out_of_memory(error):
+    """Whether a RuntimeError says so: torch.OutOfMemoryError is one; CPU and mps have none of their own."""
+    return "out of memory" in str(error) or "t allocate memory" in str(error)
+
+
 class NonFiniteError(ArithmeticError):
     """The policy or the critic produced a NaN or an infinity."""
 
@@ -395,8 +400,8 @@ class PPO:
                     clipped = ((new - before).exp() - 1).abs() > config.clip
                     sums += torch.stack([approximate_kl(new, before) * len(part), entropies.sum(), losses.sum(), clipped.sum()]).cpu() / len(batch)
             return sums
-        except RuntimeError as error:  # torch.OutOfMemoryError is one; CPU and mps have none of their own
-            if self.parts >= len(mine) or not ("out of memory" in str(error) or "t allocate memory" in str(error)):
+        except RuntimeError as error:
+            if self.parts >= len(mine) or not out_of_memory(error):
                 raise
         self.parts *= 2
         warnings.warn(f"a policy minibatch does not fit into memory; computing it in {self.parts} parts from here on, with the same result")

@@ -162,14 +162,14 @@ def group(items, nodes):
 
     Sorted by their tokens, so that what shares the longest beginnings comes together.
     """
-    starts, total, last = [], 0, ()  # starts: nodes of one tree of all items before each
-    for prompt_ids, tails in sorted(items):
+    items, starts, total, last = sorted(items), [], 0, ()  # starts: nodes of one tree of all items before each
+    for prompt_ids, tails in items:
         starts.append(total)
         shared = next((i for i, (a, b) in enumerate(zip(last, prompt_ids)) if a != b), min(len(last), len(prompt_ids)))
         total += len(prompt_ids) - shared + len({tail[:i] for tail in tails for i in range(1, len(tail))})
         last = prompt_ids
     parts = -(-total // nodes)
-    keyed = itertools.groupby(zip(starts, sorted(items)), lambda pair: pair[0] * parts // total)
+    keyed = itertools.groupby(zip(starts, items), lambda pair: pair[0] * parts // total)
     return [[item for _, item in pairs] for _, pairs in keyed]
 
 
@@ -190,7 +190,8 @@ def _forward_trees(model, trees, layout):
     """Joint log-probabilities of every phrase of B trees, one after the other, in one forward: float32 [A]."""
     device, dtype, S = model.device, model.dtype, max(len(tree.ids) for tree in trees)
     pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-    ids, positions = (pad([tree[i] for tree in trees]).to(device) for i in (1, 2))  # [B, S]; id 0 is a token like any other, which nobody sees
+    ids = pad([tree.ids for tree in trees]).to(device)  # [B, S]; a pad's id 0 is a token like any other, which nobody sees
+    positions = pad([tree.positions for tree in trees]).to(device)
     visible = torch.eye(S, dtype=torch.bool).repeat(len(trees), 1, 1)  # [B, S, S]
     keep = torch.zeros(len(trees), S, dtype=torch.bool)
     for b, tree in enumerate(trees):

@@ -465,7 +465,7 @@ def main(argv=None):
         line(error, hint=False)  # the message says all
         return 2
     except RuntimeError as error:
-        if "out of memory" in str(error) or "t allocate memory" in str(error):
+        if ppo.out_of_memory(error):
             line(f"{str(error).splitlines()[0]}; use a smaller model, --dtype bfloat16 or --load-in 4bit", hint=True)
             return 1
         if ppo.processes()[1] == 1:

@@ -44,6 +44,14 @@ def finish(started):
     return [(process.returncode, *texts) for process, texts in zip(started, said)]
 
 
+def pairs_of_weights(*folders):
+    """Name and tensors of each adapter and critic weight in the last checkpoints of two runs, which have the same names."""
+    for name in ("adapter_model", "critic"):
+        one, two = (safetensors.torch.load_file(runs.find(str(folder)) + f"/{name}.safetensors") for folder in folders)
+        assert one.keys() == two.keys()
+        yield name, [(key, one[key], two[key]) for key in one]
+
+
 def test_two_processes_give_the_result_of_one(tmp_path):
     """The same environments, minibatches and sums, in another order of addition: equal within float32's rounding."""
     alone, together = start(1, tmp_path / "one", "--steps", "192"), start(2, tmp_path / "two", "--steps", "192")
@@ -51,12 +59,10 @@ def test_two_processes_give_the_result_of_one(tmp_path):
     assert [code, *(code for code, _, _ in both)] == [0, 0, 0], (error, both)
     assert out.count("final evaluation") == both[0][1].count("final evaluation") == 1
     assert both[1][1:] == ("", "")  # the second says nothing
-    for name in ("adapter_model", "critic"):
-        one, two = (safetensors.torch.load_file(runs.find(str(tmp_path / folder)) + f"/{name}.safetensors") for folder in ("one", "two"))
-        assert one.keys() == two.keys()
-        assert any(tensor.abs().max() > 1e-4 for key, tensor in one.items() if "lora_B" in key or name == "critic")  # it has learnt
-        for key in one:
-            torch.testing.assert_close(one[key], two[key], rtol=1e-4, atol=2e-5)
+    for name, weights in pairs_of_weights(tmp_path / "one", tmp_path / "two"):
+        assert any(one.abs().max() > 1e-4 for key, one, _ in weights if "lora_B" in key or name == "critic")  # it has learnt
+        for _, one, two in weights:
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=2e-5)
     rows = [list(csv.DictReader(open(tmp_path / folder / "metrics.csv"))) for folder in ("one", "two")]
     assert len(rows[0]) == len(rows[1]) == 3
     assert [row["episodes"] for row in rows[0]] == [row["episodes"] for row in rows[1]]
@@ -64,10 +70,9 @@ def test_two_processes_give_the_result_of_one(tmp_path):
     shutil.copytree(tmp_path / "two", tmp_path / "again")
     (code, out, error), _ = finish(launch(2, "--resume", str(tmp_path / "again"), "--from", "checkpoint-2"))
     assert code == 0 and "final evaluation" in out, error
-    for name in ("adapter_model", "critic"):
-        two, again = (safetensors.torch.load_file(runs.find(str(tmp_path / folder)) + f"/{name}.safetensors") for folder in ("two", "again"))
-        for key in two:
-            torch.testing.assert_close(two[key], again[key], rtol=1e-4, atol=2e-5)
+    for _, weights in pairs_of_weights(tmp_path / "two", tmp_path / "again"):
+        for _, two, again in weights:
+            torch.testing.assert_close(two, again, rtol=1e-4, atol=2e-5)
     assert len(list(csv.DictReader(open(tmp_path / "again" / "metrics.csv")))) == 3
 
 
