@@ -7,16 +7,16 @@ Paper: Tan et al., "True Knowledge Comes from Practice", ICLR 2024 (arXiv 2401.1
 
 Where to find what
   equations       gae, normalize_advantages, policy_loss, value_loss, entropy, approximate_kl: pure functions of tensors
-  training loop   PPO.iterate: anneal, rollout, bootstrap and GAE, critic update, policy update
+  training loop   PPO.iterate: anneal, rollout, bootstrap and GAE, update of policy and critic
 
 This module knows no language model. An agent is any object with these methods (twosome.Agent is one, the MLP in
 tests/test_ppo.py another):
-  encode(obs, info) -> item          what the rollout buffer keeps of an observation: hashable, for equal items are computed once
+  encode(obs, info) -> item          what the rollout buffer keeps of an observation, of numbers, strings and tuples: equal items are computed once
   log_probs(items) -> list[Tensor]   log pi over each item's admissible actions, with gradients where they are enabled
   values(items) -> Tensor [B]        V(s), with gradients to the critic alone
   policy_parameters(), value_parameters() -> list[Parameter]     two disjoint lists
   policy_changed()                   called after each step of the policy's optimiser: forget remembered scores
-  known(items), learn(known)         of several processes only: what it has computed of items for good; take over another's
+  known(items), learn(known)         of several processes only: what it remembers of these items; remember what another did
 An environment is Gymnasium-shaped; its info may carry "admissible" (action indices), "duration" (primitive steps of the
 last action, 1 where absent) and "success" (where an episode ended).
 
@@ -177,14 +177,21 @@ def gather(value):
     return values
 
 
-@torch.no_grad()
-def in_one_message(send, tensors):
-    """Let send(flat tensor), a collective operation in place, change these tensors. One message, for it is their number that costs."""
-    if processes()[1] > 1:
-        flat = torch.cat([tensor.flatten().to(tensors[0].device) for tensor in tensors])
-        send(flat)
+def add_up(tensors):
+    """Begin to add up these tensors over all processes; returns finish(), which waits for the sums and puts them into the tensors.
+
+    They travel in one message, for it is their number that costs, and what else there is to do can be done meanwhile.
+    """
+    if processes()[1] == 1:
+        return lambda: None
+    flat = torch.cat([tensor.flatten().to(tensors[0].device) for tensor in tensors])
+    message = dist.all_reduce(flat, async_op=True)
+
+    def finish():
+        message.wait()
         for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
             tensor.copy_(part.view_as(tensor))
+    return finish
 
 
 def out_of_memory(error):
@@ -224,8 +231,8 @@ class PPO:
 
     make_env() -> a fresh environment; agent as the module's docstring says; config a Config; seed an integer.
     Under torch.distributed each process steps its share of the environments and computes its share of every minibatch's distinct
-    items; the first trains the critic and sends its weights. All else, the permutations included, is the same in each: the
-    result is that of one process.
+    items. All else, the permutations and the critic's steps included, each does alike (an MLP's gradient takes longer to send
+    than to compute): the result is that of one process.
     """
     MAX_SKIPPED = 5  # non-finite updates in a row after which training stops instead of going on for nothing
 
@@ -242,6 +249,7 @@ class PPO:
         self.policy_optimizer = torch.optim.Adam(agent.policy_parameters(), lr=config.policy_lr, eps=1e-5, fused=True)
         self.value_optimizer = torch.optim.Adam(agent.value_parameters(), lr=config.critic_lr, eps=1e-5, fused=True)
         self.parts = config.gradient_accumulation  # more where memory runs out
+        self.met = []  # the items that the last rollout met more than once
         self.steps = self.updates = self.episodes = self.skipped = 0
         self.skipped_in_a_row = [0, 0]  # policy and critic apart: the sound one must not hide the other
         self.recent = collections.deque(maxlen=100)  # (return, success, primitive steps) of the last episodes
@@ -254,34 +262,56 @@ class PPO:
         return self.config.steps // (self.config.num_envs * self.config.rollout_steps)
 
     def iterate(self):
-        """One iteration: anneal, rollout, bootstrap and GAE, critic update, policy update. Returns the metrics, a dict."""
+        """One iteration: anneal, rollout, bootstrap and GAE, update of policy and critic. Returns the metrics, a dict."""
         # 1. Anneal both learning rates linearly to 0 (published scripts).
         left = 1.0 - self.updates / self.total_updates
         self.policy_optimizer.param_groups[0]["lr"] = self.config.policy_lr * left
         self.value_optimizer.param_groups[0]["lr"] = self.config.critic_lr * left
         # 2. Rollout: the policy stands still, so an agent may remember what it has scored.
         self.agent.policy_changed()  # also where no step was taken: a resumed run has nothing remembered either
+        self.score_ahead()
         rollout = self.rollout()
-        if self.world > 1:
-            parts, known = zip(*gather((rollout, self.agent.known(rollout.items))))
-            rollout = Rollout.join(parts)
-            for other in known:
-                self.agent.learn(other)
+        rollout = Rollout.join(self.exchange(rollout, rollout.items))
         self.count(rollout)
+        self.met = [item for item, times in collections.Counter(rollout.items).items() if times > 1]
         # 3. Bootstrapping and GAE; normalised once, over the whole batch.
         advantages, returns = gae(rollout.rewards, rollout.values, rollout.next_values,
                                   self.config.gamma ** rollout.durations, rollout.terminated, rollout.ended, self.config.gae_lambda)
         explained = 1 - (returns - rollout.values).var(unbiased=False) / returns.var(unbiased=False).clamp_min(1e-8)
         advantages = normalize_advantages(advantages).flatten()
-        # 4. and 5. The critic first: it moves no policy, and the policy's pass is the dear one.
-        metrics = {**self.update_critic(rollout, returns.flatten()), **self.update_policy(rollout, advantages)}
+        # 4. Update.
+        metrics = self.update(rollout, advantages, returns.flatten())
         self.updates += 1
-        # 6. What happened.
+        # 5. What happened.
         recent = np.array(self.recent, dtype=float).reshape(-1, 3)
         mean = recent.mean(0).tolist() if len(recent) else [float("nan")] * 3
         return {"update": self.updates, "steps": self.steps, "episodes": self.episodes, "return": mean[0], "success": mean[1],
                 "episode_steps": mean[2], **metrics, "explained_variance": explained.item(), "learning_rate": self.config.policy_lr * left,
                 "skipped": self.skipped}
+
+    @torch.no_grad()
+    def score_ahead(self):
+        """Let the agent score what the last rollout met more than once, for most of it will be met again: in one call instead of
+        one a step, and by several processes together instead of by each."""
+        if mine := self.share(self.met):
+            self.agent.log_probs(mine)
+        if self.met:
+            self.exchange(None, mine)
+
+    def share(self, items):
+        """This process's share of a list of items: neighbours in the alphabet, for an agent may compute once what their texts begin with."""
+        if self.world == 1:
+            return items
+        return sorted(items, key=repr)[self.rank * len(items) // self.world:(self.rank + 1) * len(items) // self.world]
+
+    def exchange(self, value, items):
+        """Every process's value, in the order of their ranks; with it travels what the agent remembers of items."""
+        if self.world == 1:
+            return [value]
+        values, known = zip(*gather((value, self.agent.known(items))))
+        for each in known:  # its own as well: where two have computed the same item, all keep the same bits
+            self.agent.learn(each)
+        return values
 
     @torch.no_grad()
     def rollout(self):
@@ -330,52 +360,56 @@ class PPO:
                     run[:] = [0.0, 1.0, 0.0]
         self.steps += rollout.values.numel()
 
-    def update_critic(self, rollout, returns):
-        """Clipped value loss on the stored items; the agent's features do not change, so no LLM pass is in here."""
-        config, old, losses, norms = self.config, rollout.values.flatten(), [], []
-        for batch in self.minibatches(len(rollout.items)):
-            if self.rank:  # the first process does this for all: an MLP's gradient takes longer to send than to compute
-                continue
-            new = self.agent.values([rollout.items[i] for i in batch]).float()
-            loss = value_loss(new, old[batch].to(new.device), returns[batch].to(new.device), config.clip).mean()
-            (config.value_coefficient * loss).backward()
-            losses.append(loss.item())
-            norms.append(self.step(self.value_optimizer, self.agent.value_parameters(), losses[-1]))
-        in_one_message(lambda flat: dist.broadcast(flat, src=0), self.agent.value_parameters())
-        return {"value_loss": float(np.mean(losses)), "value_grad_norm": float(np.mean(norms))} if losses else {}
+    def update(self, rollout, advantages, returns):
+        """Epochs of minibatches, of each a step of the policy and one of the critic, which have nothing but the samples in common.
 
-    def update_policy(self, rollout, advantages):
-        """Clipped surrogate minus entropy bonus, with the KL of a whole minibatch checked before its step is taken."""
-        config, parameters = self.config, self.agent.policy_parameters()
-        stats = collections.defaultdict(list)
+        The policy's steps end before one whose KL, over the whole minibatch, exceeds the bound. Returns means over the steps, a dict.
+        """
+        parameters, stats, moving = self.agent.policy_parameters(), collections.defaultdict(list), True
         for batch in self.minibatches(len(rollout.items)):
-            sums = None
-            while sums is None:  # what does not fit into memory is done again in more parts, with the same result
-                sums = self.policy_gradient(rollout, advantages, batch)
-            if self.world > 1:  # each process holds its share of the sum, and none at all where it had no share
-                for parameter in parameters:
-                    parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                in_one_message(lambda flat: dist.all_reduce(flat), [*(parameter.grad for parameter in parameters), sums])
-            for name, value in zip(("kl", "entropy", "policy_loss", "clip_fraction"), sums.tolist()):
-                stats[name].append(value)
-            if config.target_kl and stats["kl"][-1] > 1.5 * config.target_kl:  # 1.5: our choice, the usual margin for a noisy estimate
-                self.policy_optimizer.zero_grad(set_to_none=True)
-                break
-            stats["policy_grad_norm"].append(self.step(self.policy_optimizer, parameters, sums.sum().item()))
-            self.agent.policy_changed()
-        return {name: float(np.mean(stats[name])) if stats[name] else float("nan")
-                for name in ("policy_loss", "entropy", "kl", "clip_fraction", "policy_grad_norm")}
+            if moving:
+                sums = None
+                while sums is None:  # what does not fit into memory is done again in more parts, with the same result
+                    sums = self.policy_gradient(rollout, advantages, batch)
+                if self.world > 1:  # each process holds its share of the sums, and no gradient where it had no share
+                    for parameter in parameters:
+                        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                finish = add_up([*(parameter.grad for parameter in parameters), sums])
+            self.critic_step(rollout, returns, batch, stats)  # meanwhile the policy's gradients travel between the processes
+            if moving:
+                finish()
+                moving = self.policy_step(parameters, sums, stats)
+        return {name: float(np.mean(stats[name])) if stats[name] else float("nan") for name in
+                ("value_loss", "value_grad_norm", "policy_loss", "entropy", "kl", "clip_fraction", "policy_grad_norm")}
+
+    def critic_step(self, rollout, returns, batch, stats):
+        """Clipped value loss on the stored items; the agent's features do not change, so no LLM pass is in here."""
+        new = self.agent.values([rollout.items[i] for i in batch]).float()
+        old = rollout.values.flatten()[batch].to(new.device)
+        loss = value_loss(new, old, returns[batch].to(new.device), self.config.clip).mean()
+        (self.config.value_coefficient * loss).backward()
+        stats["value_loss"].append(loss.item())
+        stats["value_grad_norm"].append(self.step(self.value_optimizer, self.agent.value_parameters(), loss.item()))
+
+    def policy_step(self, parameters, sums, stats):
+        """Take the step that policy_gradient prepared, unless its KL exceeds the bound. Returns whether it was taken."""
+        for name, value in zip(("kl", "entropy", "policy_loss", "clip_fraction"), sums.tolist()):
+            stats[name].append(value)
+        if self.config.target_kl and stats["kl"][-1] > 1.5 * self.config.target_kl:  # 1.5: our choice, the usual margin for a noisy estimate
+            self.policy_optimizer.zero_grad(set_to_none=True)
+            return False
+        stats["policy_grad_norm"].append(self.step(self.policy_optimizer, parameters, sums.sum().item()))
+        self.agent.policy_changed()
+        return True
 
     def policy_gradient(self, rollout, advantages, batch):
-        """Add up one minibatch's gradient, part by part. Returns KL, entropy, loss and clipped share: [4], this process's part of
-        their means over the minibatch. Returns None where memory ran out: self.parts has been doubled for another try."""
+        """Clipped surrogate minus entropy bonus: one minibatch's gradient, part by part. Returns KL, entropy, loss and clipped share: [4],
+        this process's part of their means over the minibatch; None where memory ran out: self.parts has been doubled for another try."""
         config, old, choices, sums = self.config, rollout.log_probs.flatten(), rollout.choices.flatten(), torch.zeros(4)
         samples = collections.defaultdict(list)  # item -> which of the minibatch's samples it is: computed once for all of them
         for i in batch:
             samples[rollout.items[i]].append(i)
-        mine = list(samples)
-        if self.world > 1:  # neighbours in the alphabet: an agent may compute once what their texts begin with
-            mine = sorted(mine, key=repr)[self.rank * len(mine) // self.world:(self.rank + 1) * len(mine) // self.world]
+        mine = self.share(list(samples))
         # Our choice: no bonus for a rollout without any reward. Nothing opposes it there, and Adam, which makes full steps of however
         # small a gradient, would wear a prior down to chance before the first reward is met.
         bonus = config.entropy * bool(rollout.rewards.any())
@@ -436,7 +470,7 @@ class PPO:
         return {"steps": self.steps, "updates": self.updates, "episodes": self.episodes, "skipped": self.skipped,
                 "skipped_in_a_row": list(self.skipped_in_a_row), "recent": [list(row) for row in self.recent],
                 "running": [list(row) for row in self.running], "envs": list(environments), "rngs": list(generators),
-                "shuffle": self.shuffle.bit_generator.state, "parts": self.parts}
+                "shuffle": self.shuffle.bit_generator.state, "parts": self.parts, "met": self.met}
 
     def load_state_dict(self, state):
         """Continue where state_dict() left off, with any number of processes. Raises ValueError for what it never returns.
@@ -447,7 +481,7 @@ class PPO:
         counts = [state["steps"], state["updates"], state["episodes"], state["skipped"], state["parts"], *state["skipped_in_a_row"]]
         if not (all(type(count) is int and count >= 0 for count in counts) and len(counts) == 7 and state["parts"] and state["updates"] <= self.total_updates
                 and state["steps"] == state["updates"] * N * self.config.rollout_steps and len(state["recent"]) <= self.recent.maxlen
-                and all(map(finite, state["recent"])) and all(map(finite, state["running"]))
+                and isinstance(state["met"], list) and all(map(finite, state["recent"])) and all(map(finite, state["running"]))
                 and len(state["running"]) == len(state["envs"]) == len(state["rngs"]) == N):
             raise ValueError("the counters, returns or environments are not those of this training")
         for name in ("steps", "updates", "episodes", "skipped", "parts"):
@@ -455,6 +489,10 @@ class PPO:
         self.skipped_in_a_row = list(state["skipped_in_a_row"])
         self.recent = collections.deque((tuple(row) for row in state["recent"]), maxlen=self.recent.maxlen)
         self.running = [list(row) for row in state["running"]]
+        item = lambda value: tuple(map(item, value)) if isinstance(value, list) else value  # JSON has no tuples
+        self.met = list(map(item, state["met"]))
+        with torch.no_grad():
+            self.agent.log_probs(self.met) if self.met else None  # raises for what is no item
         mine = slice(self.rank * len(self.envs), (self.rank + 1) * len(self.envs))
         self.current = [env.load_state_dict(saved) or env.observe() for env, saved in zip(self.envs, state["envs"][mine], strict=True)]
         for rng, saved in zip([*self.rngs, self.shuffle], [*state["rngs"][mine], state["shuffle"]], strict=True):

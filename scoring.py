@@ -301,6 +301,8 @@ def context(model):
 
 def joint_log_probs(model, tokenizer, prompts, phrases, nodes=NODES):
     """log P(a_k | d) of every phrase of each prompt: a list of float32 [A]; equal token ids are computed once. Raises ScoringError."""
+    if isinstance(prompts, str) or any(isinstance(actions, str) for actions in phrases):
+        raise ScoringError("prompts is a list of texts, and phrases a list of lists of texts; one of them is a bare text here")
     items = [tokenize(tokenizer, prompt, tuple(actions)) for prompt, actions in zip(prompts, phrases, strict=True)]
     if not items:
         return []

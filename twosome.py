@@ -122,15 +122,14 @@ class Agent:
         return self.critic(self.features(list(place)))[[place[prompt] for prompt, _ in items], 0]
 
     def known(self, items):
-        """These items' prompts and their features, for other processes: (list[str], [B, H] on the CPU)."""
-        prompts = list(dict.fromkeys(prompt for prompt, _ in items))
-        return prompts, self.features(prompts).cpu()
+        """What is remembered of these items, for other processes: {item: (feature [H], log pi [A])}, NumPy arrays."""
+        return {item: (self._features[item[0]].cpu().numpy(), self._scores[item].cpu().numpy())
+                for item in items if item in self._scores and item[0] in self._features}
 
     def learn(self, known):
-        """Remember another process's features of prompts that were not met here."""
-        prompts, features = known
-        for prompt, feature in zip(prompts, features.to(self.model.device)):
-            self._features.setdefault(prompt, feature)
+        """Remember what some process knows of items."""
+        for item, pair in known.items():
+            self._features[item[0]], self._scores[item] = (torch.from_numpy(array).to(self.model.device) for array in pair)
 
     def preflight(self, items, samples=32):
         """What training on these items will take, `samples` a backward pass: (dict, printable text); see models.preflight."""
@@ -478,6 +477,8 @@ def main(argv=None):
     finally:
         if run:
             run.close()
+        if ppo.processes()[1] > 1:  # after an error: a process that leaves this to its end may abort
+            torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -227,7 +227,7 @@ def watching():
     for owner, name, label in (
             (twosome.Agent, "log_probs", "scoring around the model"), (twosome.Agent, "values", "critic MLP"),
             (twosome.Agent, "encode", "rendering"), (ppo, "act", "environments"), (ppo, "sample", "sampling"), (ppo.PPO, "rollout", "rollout, the rest"),
-            (ppo.PPO, "update_critic", "critic update"), (ppo.PPO, "update_policy", "policy update, the rest"), (ppo.PPO, "step", "optimisers"),
+            (ppo.PPO, "critic_step", "critic update"), (ppo.PPO, "update", "policy update, the rest"), (ppo.PPO, "step", "optimisers"),
             (ppo, "evaluate", "final evaluation, the rest"), (ppo.PPO, "iterate", "iteration, the rest"), (twosome, "build", "loading the model"),
             (runs.Run, "checkpoint", "checkpoints"), (runs.Run, "log", "metrics.csv")):
         clock.watch(owner, name, label)

@@ -21,7 +21,7 @@ class MLP:
         torch.nn.init.zeros_(self.critic[-1].weight)
 
     def encode(self, obs, info):
-        return tuple(obs), tuple(info.get("admissible", ()))
+        return tuple(obs.tolist()), tuple(info.get("admissible", ()))
 
     def log_probs(self, items):
         logits = self.actor(torch.tensor([obs for obs, _ in items], dtype=torch.float32))
@@ -176,6 +176,7 @@ def test_target_kl_is_checked_before_the_step():
     trainer.iterate()
     steps = {state["step"].item() for state in trainer.policy_optimizer.state.values()}
     assert steps == {1.0} and all(p.grad is None for p in agent.policy_parameters())
+    assert {state["step"].item() for state in trainer.value_optimizer.state.values()} == {4.0}  # the critic goes on
 
 
 def test_non_finite_gradients_are_dropped_counted_and_finally_fatal():
@@ -219,6 +220,20 @@ def test_a_minibatchs_distinct_items_are_computed_once():
     agent.log_probs = lambda items: (torch.is_grad_enabled() and seen.append(list(items)), score(items))[1]
     ppo.PPO(Corridor, agent, SMALL, seed=1).iterate()
     assert len(seen) == 4 and all(len(set(items)) == len(items) < SMALL.minibatch for items in seen)
+
+
+def test_what_a_rollout_met_more_than_once_is_scored_ahead_in_one_call():
+    agent, seen = MLP(4, 2), []
+    score = agent.log_probs
+    agent.log_probs = lambda items: (torch.is_grad_enabled() or seen.append(list(items)), score(items))[1]
+    trainer = ppo.PPO(Corridor, agent, SMALL, seed=1)
+    trainer.iterate()
+    rollout = [item for items in seen for item in items]
+    assert len(seen) == SMALL.rollout_steps  # nothing had been met before the first
+    seen.clear()
+    trainer.iterate()
+    assert len(seen) == 1 + SMALL.rollout_steps and len(set(seen[0])) == len(seen[0])
+    assert set(seen[0]) == {item for item in rollout if rollout.count(item) > 1} != set()
 
 
 def test_without_any_reward_the_policy_stays_as_it_is(monkeypatch):

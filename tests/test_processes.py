@@ -25,15 +25,15 @@ def start(processes, folder, *flags):
     return launch(processes, *SMALL, "--out", str(folder), *flags)
 
 
-def launch(processes, *flags):
-    """Start twosome.py as so many processes, as torchrun starts them: by environment variables. Returns their Popens."""
+def launch(processes, *flags, program=(os.path.join(ROOT, "twosome.py"),)):
+    """Start a program as so many processes, as torchrun starts them: by environment variables. Returns their Popens."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     common = {**os.environ, "OMP_NUM_THREADS": "1"}
     if processes > 1:
         common.update(WORLD_SIZE=str(processes), MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    return [subprocess.Popen([sys.executable, os.path.join(ROOT, "twosome.py"), "--device", "cpu", *flags],
+    return [subprocess.Popen([sys.executable, *program, "--device", "cpu", *flags],
                              env={**common, **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {})}, text=True,
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in range(processes)]
 
@@ -88,6 +88,30 @@ def test_a_killed_process_ends_the_other_in_one_line_with_a_whole_checkpoint(tmp
     assert code == 1 and killed == -signal.SIGKILL
     assert len(line) == 1 and "another process has ended" in line[0] and f"--resume {folder}" in line[0] and "Traceback" not in error
     assert json.load(open(os.path.join(runs.find(str(folder)), "state.json")))["trainer"]["updates"] >= 1
+
+
+EACH = """if True:
+    import hashlib, sys
+    sys.path.insert(0, sys.argv[1])
+    import ppo, twosome
+    twosome.join_processes()
+    config = twosome.arguments(sys.argv[2:])[0]
+    agent, make_env = twosome.build(config)
+    trainer = ppo.PPO(make_env, agent, config, config.seed)
+    for _ in range(4):
+        trainer.iterate()
+    weights = [*agent.policy_parameters(), *agent.value_parameters()]
+    print(hashlib.sha256(b"".join(weight.detach().numpy().tobytes() for weight in weights)).hexdigest(), file=sys.stderr)
+    twosome.part()
+"""
+
+
+def test_all_processes_hold_the_same_policy_and_critic_bit_for_bit():
+    """Each takes the critic's steps by itself, and a prompt's feature has other last bits in another batch: they must not drift apart."""
+    both = finish(launch(2, *SMALL, "--task", "tomato-lettuce-salad", program=["-c", EACH, ROOT]))
+    assert [code for code, _, _ in both] == [0, 0], both
+    digests = [error.split()[-1] for _, _, error in both]
+    assert len(digests[0]) == 64 and digests[0] == digests[1]
 
 
 def test_processes_that_do_not_divide_the_environments_are_told(monkeypatch):

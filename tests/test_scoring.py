@@ -252,6 +252,7 @@ def test_what_cannot_be_scored_is_refused_in_one_line():
     refused("phrase is empty", "You", ["chop", " "])
     refused("same tokens", "You", ["chop", "chop"])
     refused("no token to condition on", "", ["chop", "serve"])
+    refused("bare text", "You", "chop")
     refused("context holds 60", tiny.PROMPTS[1] + tiny.PROMPTS[2], ["chop", "serve"])
     torch.nn.init.constant_(model.lm_head.weight, float("nan"))
     refused("not finite", "You", ["chop", "serve"])
