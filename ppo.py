@@ -12,10 +12,11 @@ Where to find what
 This module knows no language model. An agent is any object with these methods (twosome.Agent is one, the MLP in
 tests/test_ppo.py another):
   encode(obs, info) -> item          what the rollout buffer keeps of an observation, of numbers, strings and tuples: equal items are computed once
-  log_probs(items) -> list[Tensor]   log pi over each item's admissible actions, with gradients where they are enabled
+  log_probs(items) -> list[Tensor]   log pi over each item's admissible actions, with gradients where they are enabled; without, items
+                                     are asked for ahead of their time, for an agent to remember until policy_changed()
   values(items) -> Tensor [B]        V(s), with gradients to the critic alone
   policy_parameters(), value_parameters() -> list[Parameter]     two disjoint lists
-  policy_changed()                   called after each step of the policy's optimiser: forget remembered scores
+  policy_changed()                   called after each step of the policy's optimiser and before each rollout: forget remembered scores
   known(items), learn(known)         of several processes only: what it remembers of these items; remember what another did
 An environment is Gymnasium-shaped; its info may carry "admissible" (action indices), "duration" (primitive steps of the
 last action, 1 where absent) and "success" (where an episode ended).
@@ -27,6 +28,7 @@ would forbid, not after.
 """
 import bisect
 import collections
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -169,11 +171,25 @@ def processes():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
+class ProcessLost(RuntimeError):
+    """Another process has ended, so this one cannot go on."""
+
+
+@contextlib.contextmanager
+def together():
+    """Around what needs every process: what fails there is a ProcessLost."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ProcessLost(f"another process has ended, so process {processes()[0]} ends too ({str(error).splitlines()[0][:100]})") from error
+
+
 def gather(value):
     """Every process's value (any object), in the order of their ranks."""
     values = [value] * processes()[1]
     if len(values) > 1:
-        dist.all_gather_object(values, value)
+        with together():
+            dist.all_gather_object(values, value)
     return values
 
 
@@ -185,10 +201,12 @@ def add_up(tensors):
     if processes()[1] == 1:
         return lambda: None
     flat = torch.cat([tensor.flatten().to(tensors[0].device) for tensor in tensors])
-    message = dist.all_reduce(flat, async_op=True)
+    with together():
+        message = dist.all_reduce(flat, async_op=True)
 
     def finish():
-        message.wait()
+        with together():
+            message.wait()
         for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
             tensor.copy_(part.view_as(tensor))
     return finish
@@ -234,7 +252,7 @@ class PPO:
     items. All else, the permutations and the critic's steps included, each does alike (an MLP's gradient takes longer to send
     than to compute): the result is that of one process.
     """
-    MAX_SKIPPED = 5  # non-finite updates in a row after which training stops instead of going on for nothing
+    MAX_SKIPPED = 5  # our choice: non-finite updates in a row after which training stops instead of going on for nothing
 
     def __init__(self, make_env, agent, config, seed=0):
         config.validate()
@@ -252,7 +270,7 @@ class PPO:
         self.met = []  # the items that the last rollout met more than once
         self.steps = self.updates = self.episodes = self.skipped = 0
         self.skipped_in_a_row = [0, 0]  # policy and critic apart: the sound one must not hide the other
-        self.recent = collections.deque(maxlen=100)  # (return, success, primitive steps) of the last episodes
+        self.recent = collections.deque(maxlen=100)  # (return, success, primitive steps) of the last 100 episodes (our choice)
         self.current = [env.reset(seed=seed * 10_007 + index) for index, env in zip(mine, self.envs)]
         self.running = [[0.0, 1.0, 0] for _ in range(config.num_envs)]  # return, discount and primitive steps so far
 
@@ -269,7 +287,6 @@ class PPO:
         self.value_optimizer.param_groups[0]["lr"] = self.config.critic_lr * left
         # 2. Rollout: the policy stands still, so an agent may remember what it has scored.
         self.agent.policy_changed()  # also where no step was taken: a resumed run has nothing remembered either
-        self.score_ahead()
         rollout = self.rollout()
         rollout = Rollout.join(self.exchange(rollout, rollout.items))
         self.count(rollout)
@@ -290,13 +307,13 @@ class PPO:
                 "skipped": self.skipped}
 
     @torch.no_grad()
-    def score_ahead(self):
-        """Let the agent score what the last rollout met more than once, for most of it will be met again: in one call instead of
-        one a step, and by several processes together instead of by each."""
-        if mine := self.share(self.met):
-            self.agent.log_probs(mine)
-        if self.met:
-            self.exchange(None, mine)
+    def score_ahead(self, items):
+        """Let the agent score items that will likely be asked for, all in one call; where memory runs out, step by step has to do."""
+        try:
+            self.agent.log_probs(items) if items else None
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
 
     def share(self, items):
         """This process's share of a list of items: neighbours in the alphabet, for an agent may compute once what their texts begin with."""
@@ -317,6 +334,10 @@ class PPO:
     def rollout(self):
         """Take rollout_steps actions in each of this process's environments. Returns a Rollout."""
         T, N = self.config.rollout_steps, len(self.envs)
+        if self.met:  # most of it will be met again: scored together, not a few at each step, and by several processes together, not by each
+            mine = self.share(self.met)
+            self.score_ahead(mine)
+            self.exchange(None, mine)
         items, rows, finals = [], [], {}  # finals: (t, n) -> encoded final observation of an episode that the time limit cut
         now = [self.agent.encode(*pair) for pair in self.current]
         for t in range(T):
@@ -473,7 +494,8 @@ class PPO:
                 "shuffle": self.shuffle.bit_generator.state, "parts": self.parts, "met": self.met}
 
     def load_state_dict(self, state):
-        """Continue where state_dict() left off, with any number of processes. Raises ValueError for what it never returns.
+        """Continue where state_dict() left off, with any number of processes. Raises for what it never returns: ValueError, or what
+        Python, the environment or the agent (which scores what was met) say of such a value.
 
         After an environment's load_state_dict(state), its observe() gives (obs, info) of that moment, unless the former does.
         """
@@ -491,8 +513,7 @@ class PPO:
         self.running = [list(row) for row in state["running"]]
         item = lambda value: tuple(map(item, value)) if isinstance(value, list) else value  # JSON has no tuples
         self.met = list(map(item, state["met"]))
-        with torch.no_grad():
-            self.agent.log_probs(self.met) if self.met else None  # raises for what is no item
+        self.score_ahead(self.met)  # raises for what is no item
         mine = slice(self.rank * len(self.envs), (self.rank + 1) * len(self.envs))
         self.current = [env.load_state_dict(saved) or env.observe() for env, saved in zip(self.envs, state["envs"][mine], strict=True)]
         for rng, saved in zip([*self.rngs, self.shuffle], [*state["rngs"][mine], state["shuffle"]], strict=True):

@@ -535,13 +535,13 @@ class Follower(Run):
 
 
 class Signals:
-    """Within it, the first SIGINT or SIGTERM sets .stop and .exit_code (130, 143); the second ends the process at once.
+    """Within it, the first SIGINT or SIGTERM sets .exit_code (130, 143), which is 0 before; the second ends the process at once.
 
     Ending at once is safe: whatever was being written is still under its temporary name.
     """
 
     def __init__(self):
-        self.stop, self.exit_code, self.before = False, 0, {}
+        self.exit_code, self.before = 0, {}
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # Python allows handlers there alone
@@ -550,10 +550,10 @@ class Signals:
 
     def handle(self, number, frame):
         """What the system calls at a signal."""
-        if self.stop:
+        if self.exit_code:
             os.write(2, b"\nstopped at once; the last checkpoint is whole\n")
             os._exit(128 + number)
-        self.stop, self.exit_code = True, 128 + number
+        self.exit_code = 128 + number
         os.write(2, b"\nfinishing this update, then a checkpoint; again to stop at once\n")
 
     def __exit__(self, *error):

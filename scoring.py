@@ -9,7 +9,8 @@ Paper: Tan et al., "True Knowledge Comes from Practice", ICLR 2024 (arXiv 2401.1
   from scoring import score_actions        # imports nothing of the project: copy this file alone
   log_pi, = score_actions(model, tokenizer, ["You see a tomato. Your next step is to"], [["pick up the tomato", "wait"]])
 
-Axes, named once: B prompts, A actions (phrases of one prompt), S sequence (a trie's nodes), P parents, H hidden, V vocabulary.
+Axes, named once: B prompts, A actions (phrases of one prompt, in a Tree of all its prompts), S sequence (a trie's nodes), P parents, E edges,
+T tokens of the longest phrase, H hidden, V vocabulary.
 """
 import functools
 import inspect
@@ -280,11 +281,11 @@ def _self_check(model, layout, depth, width):
     try:
         fast, exact = _forward_trees(model, [build_tree(items)], layout), _forward_rows(model, items)
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if "out of memory" in str(error) or "t allocate memory" in str(error):
             raise
         return f"{type(error).__name__} on a tree mask"
     gap = ((fast - exact).abs().mean() / part).item()
-    # Half precision and 8 bits round a token's log-probability by some hundredths of a nat; a wrong mask is off by more.
+    # Our choice: half precision and 8 bits round a token's log-probability by some hundredths of a nat; a wrong mask is off by more.
     bound = 1e-4 if model.dtype == torch.float32 and not hasattr(model.config, "quantization_config") else 0.1
     return None if gap < bound or not torch.isfinite(exact).all() else f"the tree's scores were {gap:.2g} nats a token off"
 

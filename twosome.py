@@ -56,7 +56,7 @@ class Agent:
     model, tokenizer: a causal LM and its tokenizer (models.load); normalization: section 4.2. LoRA rank 8, alpha 16, dropout 0 on
     the q and v projections: published scripts. It has the methods ppo.py asks of an agent; an item is (prompt, phrases).
     """
-    FEATURE_BYTES = 64 * 2 ** 20  # bound on the remembered features; the oldest go first
+    FEATURE_BYTES = 64 * 2 ** 20  # our choice: bound on the remembered features; what was asked for longest ago goes first
 
     def __init__(self, model, tokenizer, normalization="word", lora_rank=8, lora_alpha=16, lora_targets=None):
         self.model = models.add_lora(model, lora_rank, lora_alpha, lora_targets)
@@ -109,8 +109,10 @@ class Agent:
     def features(self, texts):
         """The critic's input for each prompt, [B, H] float32; computed once a distinct prompt, for the base never changes."""
         new = [text for text in dict.fromkeys(texts) if text not in self._features]
-        for part in (new[start:start + 64] for start in range(0, len(new), 64)):  # a whole rollout's at once could fill the memory
+        for part in (new[start:start + 64] for start in range(0, len(new), 64)):  # our choice; a whole rollout's at once could fill the memory
             self._features.update(zip(part, self._hidden(part)))
+        for text in dict.fromkeys(texts):
+            self._features[text] = self._features.pop(text)  # to the end, so that several processes forget alike
         result = torch.stack([self._features[text] for text in texts])
         while len(self._features) * result[0].nbytes > self.FEATURE_BYTES:
             self._features.pop(next(iter(self._features)))
@@ -122,13 +124,14 @@ class Agent:
         return self.critic(self.features(list(place)))[[place[prompt] for prompt, _ in items], 0]
 
     def known(self, items):
-        """What is remembered of these items, for other processes: {item: (feature [H], log pi [A])}, NumPy arrays."""
+        """What is remembered of these items, for other processes: {item: (feature [H], log pi [A])}, NumPy arrays, of items that have both."""
         return {item: (self._features[item[0]].cpu().numpy(), self._scores[item].cpu().numpy())
                 for item in items if item in self._scores and item[0] in self._features}
 
     def learn(self, known):
         """Remember what some process knows of items."""
         for item, pair in known.items():
+            self._features.pop(item[0], None)
             self._features[item[0]], self._scores[item] = (torch.from_numpy(array).to(self.model.device) for array in pair)
 
     def preflight(self, items, samples=32):
@@ -289,6 +292,7 @@ def train(config, run, agent, make_env, which="last", episodes=100):
             run.restore(agent, trainer, which)
         ppo.gather(None)
     if trainer.updates == trainer.total_updates and os.path.exists(os.path.join(run.folder, "summary.json")):
+        part()
         print(f"{run.folder} is finished: nothing is left to do; next: python twosome.py --eval {run.folder}")
         return 0
     print(f"{config.env}/{config.task}, {config.norm} normalisation, seed {config.seed} -> {run.folder}")
@@ -303,14 +307,14 @@ def train(config, run, agent, make_env, which="last", episodes=100):
             bar.update(trainer.steps - before)
             if trainer.episodes:
                 bar.set_postfix_str(f"return {metrics['return']:.3f}, success {metrics['success']:.0%}", refresh=False)
-            stop = any(ppo.gather(signals.stop))  # a signal reaches several processes at different moments: they stop together
+            stop = max(ppo.gather(signals.exit_code))  # a signal reaches several processes at different moments, or one alone: they stop together
             if trainer.updates % config.checkpoint_every == 0 or trainer.updates == trainer.total_updates or stop:
                 run.checkpoint(agent, trainer)
             if stop:
                 bar.close()
                 part()
                 print(f"stopped after update {trainer.updates} of {trainer.total_updates}; go on with: python twosome.py --resume {run.folder}")
-                return signals.exit_code
+                return stop
     part()
     if trainer.rank:
         return 0  # the first process evaluates and reports
@@ -413,8 +417,8 @@ def join_processes():
     """Under torchrun or accelerate launch, meet the other processes: gradients travel by nccl between GPUs, by gloo between CPUs.
     Returns this process's rank; only the first (0) prints and writes."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.distributed.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        if (local := int(os.environ.get("LOCAL_RANK", 0))) < torch.cuda.device_count():
+            torch.cuda.set_device(local)
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     rank = ppo.processes()[0]
     if rank:
@@ -425,7 +429,8 @@ def join_processes():
 def part():
     """Leave the other processes. They wait for a last word of the first: one that ended earlier could cut off a message it still reads."""
     if ppo.processes()[1] > 1:
-        torch.distributed.broadcast(torch.zeros(1), src=0)
+        with ppo.together():
+            torch.distributed.broadcast(torch.zeros(1), src=0)
         torch.distributed.destroy_process_group()
 
 
@@ -463,13 +468,13 @@ def main(argv=None):
     except ERRORS as error:
         line(error, hint=False)  # the message says all
         return 2
+    except ppo.ProcessLost as error:
+        line(error, hint=True)
+        return 1
     except RuntimeError as error:
-        if ppo.out_of_memory(error):
-            line(f"{str(error).splitlines()[0]}; use a smaller model, --dtype bfloat16 or --load-in 4bit", hint=True)
-            return 1
-        if ppo.processes()[1] == 1:
+        if not ppo.out_of_memory(error):
             raise
-        line(f"another process has ended, so process {rank} ends too ({str(error).splitlines()[0][:100]})", hint=True)
+        line(f"{str(error).splitlines()[0]}; use a smaller model, --dtype bfloat16 or --load-in 4bit", hint=True)
         return 1
     except KeyboardInterrupt:  # outside the training loop, which finishes its update first
         line("interrupted", hint=True)

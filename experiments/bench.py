@@ -12,7 +12,7 @@ the rows of one padded batch; logits at every position and a float32 log-softmax
 the adapter off for the critic, in the rollout and again in every value minibatch; policy minibatches of 4 accumulated over 8;
 text tokenised again each time; no prompt's result remembered or shared. It is kind where the paper leaves a choice: a call's
 rows share one forward, the critic's pass computes no logits and keeps no gradients. Both ways run in the same ppo.PPO, from the
-same weights, on the same seeds; that both end an iteration with the same losses is checked and written into the JSON file.
+same weights, on the same seeds; how far the losses that both end an iteration with lie apart is written into the JSON file.
 
 Axes: B prompts, A actions, S tokens of a sequence, H hidden, V vocabulary, L layers, R rows.
 """
@@ -283,6 +283,7 @@ def worker(options):
     trainer = ppo.PPO(make_env, agent, config, config.seed)
     seconds = [timed(trainer.iterate, agent.model.device)[0] for _ in range(1 + options.worker)][1:]
     print(config.num_envs * config.rollout_steps / np.median(seconds))  # the first process's: the others' output is silenced
+    twosome.part()
 
 
 def main(argv=None):

@@ -2,9 +2,9 @@
 
   python experiments/bench.py --cost-model
 
-The model: an iteration computes D distinct prompts in its rollout, in as many calls as steps meet a new one; the critic computes
-the same D once; each minibatch computes its own distinct prompts, forward and backward, in calls of up to scoring.NODES x TREES
-tokens. A call costs a constant and its FLOPs over a rate. Constant and rate are measured on 1 and on 32 prompts, and one number
+The model: a rollout computes ahead what the last one met more than once, then at each step that meets another prompt that is new
+to it one call more; the critic computes the distinct prompts once; each minibatch computes its own distinct prompts, forward and
+backward, in calls of up to scoring.NODES x TREES tokens. A call costs a constant and its FLOPs over a rate. Constant and rate are measured on 1 and on 32 prompts, and one number
 more, the seconds of everything that is not the model, on one iteration at the base point. Nothing is fitted to the curves.
 
 Not for every world: here prompts are met at random; how many of your world's are distinct is for you to count.
@@ -79,10 +79,12 @@ def predict(agent, items, config, rates, rest=0.0):
     """Seconds of one iteration where every prompt's features are new: calls, FLOPs, and `rest` seconds an environment step."""
     K, N, T = len(items), config.num_envs, config.rollout_steps
     distinct = lambda samples: K * (1 - (1 - 1 / K) ** samples)  # expected number of distinct prompts among so many
-    calls = sum(1 - (1 - (1 - 1 / K) ** (N * t)) ** N for t in range(T))  # steps at which some prompt is new to this rollout
+    ahead = 1 - (1 - 1 / K) ** (N * T) - N * T / K * (1 - 1 / K) ** (N * T - 1)  # the share of prompts that the last rollout met more than once
+    new = lambda samples: (1 - ahead) * (1 - 1 / K) ** samples  # the chance that the next prompt is neither among those nor among so many before it
+    calls = calls_of(agent, items, K * ahead) + sum(1 - (1 - new(N * t)) ** N for t in range(T))  # ahead, and at each step with something new
     phrases, critic = packed_flops(agent, items)
     (call, rate), (call_grad, rate_grad) = rates[False], rates[True]
-    rollout = (calls + 1) * call + distinct(N * T) * (phrases + critic) / rate
+    rollout = (calls + 1) * call + (K * (1 - new(N * T)) * phrases + distinct(N * T) * critic) / rate
     each = distinct(config.minibatch)
     update = N * T / config.minibatch * (calls_of(agent, items, each) * call_grad + each * phrases / rate_grad)
     return rollout + update + rest * N * T
@@ -103,6 +105,7 @@ def measure(options):
         def iterate():
             agent._features.clear()
             trainer.iterate()
+        iterate()  # before it, nothing has been met
         return float(np.median([timed(iterate, agent.model.device)[0] for _ in range(3)]))
 
     rates = rates_of(agent, items_of(world(distinct=32)))

@@ -1,4 +1,5 @@
 """The benchmark measures what it says: the published way gives the same scores and values, counts and clocks add up."""
+import copy
 import json
 import os
 import sys
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 import envs
+import ppo
 import twosome
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "experiments"))
@@ -89,3 +91,16 @@ def test_the_cost_model_counts_what_an_iteration_computes(agent):
     scoring, critic = cost_model.packed_flops(agent, items)
     seconds = cost_model.predict(agent, items, cost_model.BASE, {False: (0.0, 1e9), True: (0.0, 1e9)})
     assert seconds == pytest.approx((2 * (scoring + critic) + 4 * 2 * scoring) / 1e9, rel=1e-3)
+
+
+def test_the_cost_model_predicts_the_calls_and_flops_of_a_real_iteration(agent):
+    world = cost_model.Drill(distinct=64, prompt=10)
+    trainer = ppo.PPO(lambda: copy.copy(world), agent, cost_model.BASE, seed=1)
+    trainer.iterate()
+    agent._features.clear()
+    with measure.Count(agent) as count:
+        trainer.iterate()
+    items = [twosome.describe(info) for info in world.infos]
+    calls = cost_model.predict(agent, items, cost_model.BASE, {False: (1.0, 1e99), True: (1.0, 1e99)})
+    flops = cost_model.predict(agent, items, cost_model.BASE, {False: (0.0, 1.0), True: (0.0, 0.5)})
+    assert count.calls == pytest.approx(calls, rel=0.25) and count.flops == pytest.approx(flops, rel=0.25)

@@ -135,7 +135,8 @@ def test_bootstraps_from_the_final_observation_not_the_next_episodes():
     trainer.agent.log_probs = lambda items: [torch.log(torch.tensor([0.8, 0.2]))] * len(items)
     rollout = trainer.rollout()
     cut = rollout.ended & ~rollout.terminated
-    assert (rollout.next_values[cut] > 0).any()  # a fresh episode's first observation has V = 0
+    assert torch.equal(rollout.next_values[cut], (rollout.values + rollout.choices)[cut])  # a cell further, where it went; a fresh episode has V = 0
+    assert rollout.next_values[cut].any()
 
 
 def test_learns_the_corridor():
@@ -219,6 +220,7 @@ def test_a_minibatchs_distinct_items_are_computed_once():
     score = agent.log_probs
     agent.log_probs = lambda items: (torch.is_grad_enabled() and seen.append(list(items)), score(items))[1]
     ppo.PPO(Corridor, agent, SMALL, seed=1).iterate()
+    assert agent.changes == 1 + 4  # before the rollout, and after each step: what was remembered is forgotten
     assert len(seen) == 4 and all(len(set(items)) == len(items) < SMALL.minibatch for items in seen)
 
 

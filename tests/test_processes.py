@@ -90,6 +90,23 @@ def test_a_killed_process_ends_the_other_in_one_line_with_a_whole_checkpoint(tmp
     assert json.load(open(os.path.join(runs.find(str(folder)), "state.json")))["trainer"]["updates"] >= 1
 
 
+def test_every_way_out_ends_both_processes_in_order(tmp_path):
+    """Refused: a line, and 2 from the first, 1 from the other, which has lost it. A signal to one stops both after the update."""
+    (tmp_path / "letter.txt").write_text("not a run")
+    (code, _, error), (other, _, lost) = finish(start(2, tmp_path))
+    assert (code, other) == (2, 1) and "is not empty" in error, (error, lost)
+    assert "Traceback" not in error + lost and "terminate called" not in error + lost
+    folder = tmp_path / "run"
+    first, second = started = start(2, folder, "--steps", "64000")
+    until = time.time() + 60
+    while time.time() < until and not (folder / "checkpoint-1").exists():
+        time.sleep(0.05)
+    second.send_signal(signal.SIGTERM)
+    both = finish(started)
+    assert [code for code, _, _ in both] == [143, 143], both
+    assert f"go on with: python twosome.py --resume {folder}" in both[0][1] and "Traceback" not in both[0][2] + both[1][2]
+
+
 EACH = """if True:
     import hashlib, sys
     sys.path.insert(0, sys.argv[1])
