@@ -88,7 +88,7 @@ def tables(result):
     for task, row in result["tasks"].items():
         mean, half = across(row["returns"])
         lines.append(f"| {task} | {row['steps']:,} | {', '.join(f'{value:.4f}' for value in row['returns'])} | {mean:.4f} ± {half:.4f} | {row['best']:.4f} | "
-                     f"{np.mean(row['successes']):.0%} | {row['untrained']['return']:.3f} ({row['untrained']['success']:.1%}) | "
+                     f"{np.mean(row['successes']):.1%} | {row['untrained']['return']:.3f} ({row['untrained']['success']:.1%}) | "
                      f"{row['random']['return']:.3f} ({row['random']['success']:.1%}) | {min(row['seconds'], default=float('nan')):.0f} to {max(row['seconds'], default=float('nan')):.0f} |")
     for source, rows in result["transfer"].items():
         lines += ["", f"| the {source} agent, untrained for | success of each seed | mean return | untrained LLM: success | return |", "|---|---|---|---|---|"]
