@@ -51,7 +51,7 @@ def choose_device(name="auto"):
         torch.empty(0, device=name)
         return torch.device(name)
     except (RuntimeError, AssertionError):
-        raise ModelError(f"device {name!r} is not available here; use --device auto, cuda, mps or cpu") from None
+        raise ModelError(f"device {name!r} is not available here; use --device auto or cpu") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

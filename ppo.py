@@ -105,7 +105,7 @@ def option(default, help):
 @dataclasses.dataclass
 class Config:
     """What PPO needs to know. The defaults suit the embedded LLM; twosome.py holds the presets and their sources."""
-    steps: int = option(12_800, "environment steps (macro-actions) in all, over all environments")
+    steps: int = option(12_800, "environment steps (macro-actions) in all, over all environments; rounded down to whole rollouts")
     num_envs: int = option(8, "environments stepped side by side")
     rollout_steps: int = option(32, "steps an environment takes between two updates")
     epochs: int = option(2, "passes over a rollout an update makes")
@@ -135,18 +135,19 @@ class Config:
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
+        batch, divisor = self.num_envs * self.rollout_steps, lambda whole, wish: next(d for d in range(min(whole, wish), 0, -1) if whole % d == 0)
         if self.num_envs % (world := processes()[1]):
+            unit = math.lcm(world, self.minibatch // math.gcd(self.minibatch, self.rollout_steps))
             raise ConfigError(f"{self.num_envs} environments cannot be split over {world} processes; use a multiple, such as"
-                              f" --num-envs {-(-self.num_envs // world) * world}")
-        batch = self.num_envs * self.rollout_steps
+                              f" --num-envs {-(-self.num_envs // unit) * unit}")
         if batch > 10 ** 6:
             raise ConfigError(f"a rollout of num_envs x rollout_steps = {batch} samples is beyond a million; lower --num-envs or --rollout-steps")
         if batch % self.minibatch:
             raise ConfigError(f"a rollout has num_envs x rollout_steps = {self.num_envs} x {self.rollout_steps} = {batch} samples,"
-                              f" which minibatches of {self.minibatch} do not divide; try --minibatch {np.gcd(batch, self.minibatch)}")
+                              f" which minibatches of {self.minibatch} do not divide; try --minibatch {divisor(batch, self.minibatch)}")
         if self.minibatch % self.gradient_accumulation:
             raise ConfigError(f"gradient_accumulation {self.gradient_accumulation} does not divide the minibatch of {self.minibatch};"
-                              f" try --gradient-accumulation {np.gcd(self.minibatch, self.gradient_accumulation)}")
+                              f" try --gradient-accumulation {divisor(self.minibatch, self.gradient_accumulation)}")
         if self.steps < batch:
             raise ConfigError(f"steps is {self.steps}, less than one rollout of {batch}; raise --steps, or lower --num-envs or --rollout-steps")
 

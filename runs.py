@@ -291,13 +291,14 @@ def find(folder, which="last"):
 def damaged(path, error):
     """A RunError that names a checkpoint and what is wrong with it, and offers the newest one before it that is intact."""
     folder, name = os.path.split(path)
-    for other in reversed([other for other in checkpoints(folder) if int(other.split("-")[1]) < int(name.split("-")[1])]):
+    before = [other for other in checkpoints(folder) if int(other.split("-")[1]) < int(name.split("-")[1])]
+    for other in reversed(before):
         try:
             verify(os.path.join(folder, other))
         except RunError:
             continue
         return RunError(f"{path} cannot be used: {error}; {other} before it is intact: --resume {folder} --from {other}")
-    return RunError(f"{path} cannot be used: {error}; no intact checkpoint is before it, but without this one --resume begins again")
+    return RunError(f"{path} cannot be used: {error}; no intact checkpoint is before it; --resume begins again once {' and '.join([*before, name])} {'are' if before else 'is'} removed")
 
 
 @contextlib.contextmanager
@@ -372,6 +373,8 @@ class Run:
             os.makedirs(check_name(folder), exist_ok=True)
         except FileExistsError:
             raise RunError(f"{folder} is a file; name a folder") from None
+        except OSError as error:
+            raise RunError(f"{folder} cannot be made ({error.strerror}); name another --out") from None
         # A start that was killed before its config.json leaves a lock and temporary names, and no more.
         if any(name != "lock" and not name.startswith(".tmp-") for name in os.listdir(folder)):
             held = os.path.lexists(os.path.join(folder, "config.json"))
@@ -540,8 +543,8 @@ class Signals:
     Ending at once is safe: whatever was being written is still under its temporary name.
     """
 
-    def __init__(self):
-        self.exit_code, self.before = 0, {}
+    def __init__(self, quiet=False):
+        self.exit_code, self.before, self.quiet = 0, {}, quiet  # quiet: of several processes one speaks
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # Python allows handlers there alone
@@ -551,10 +554,10 @@ class Signals:
     def handle(self, number, frame):
         """What the system calls at a signal."""
         if self.exit_code:
-            os.write(2, b"\nstopped at once; the last checkpoint is whole\n")
+            os.write(2, b"\nstopped at once; what is on the disk is whole\n")
             os._exit(128 + number)
         self.exit_code = 128 + number
-        os.write(2, b"\nfinishing this update, then a checkpoint; again to stop at once\n")
+        self.quiet or os.write(2, b"\nfinishing this update, then a checkpoint; again to stop at once\n")
 
     def __exit__(self, *error):
         for number, handler in self.before.items():

@@ -267,7 +267,7 @@ def summarize(result):
     n, z, mean, rate = len(result["returns"]), 1.96, result["returns"].mean(), result["successes"].mean()
     half = z * result["returns"].std(ddof=1) / n ** 0.5 if n > 1 else float("nan")
     centre, spread = rate + z * z / (2 * n), z * (rate * (1 - rate) / n + z * z / (4 * n * n)) ** 0.5
-    wilson = [(centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)]
+    wilson = [max((centre - spread) / (1 + z * z / n), 0.0), min((centre + spread) / (1 + z * z / n), 1.0)]  # rounding may leave [0, 1]
     return {"episodes": n, "return": mean, "return_interval": [mean - half, mean + half], "success": rate, "success_interval": wilson}
 
 
@@ -295,10 +295,10 @@ def train(config, run, agent, make_env, which="last", episodes=100):
         part()
         print(f"{run.folder} is finished: nothing is left to do; next: python twosome.py --eval {run.folder}")
         return 0
-    print(f"{config.env}/{config.task}, {config.norm} normalisation, seed {config.seed} -> {run.folder}")
+    print(f"{config.env}/{config.task}, {config.norm} normalisation, seed {config.seed}{f', {trainer.world} processes' if trainer.world > 1 else ''} -> {run.folder}")
     print(agent.preflight(some_states(make_env(), agent), config.minibatch // config.gradient_accumulation)[1])
     total = trainer.total_updates * config.num_envs * config.rollout_steps
-    with tqdm(total=total, initial=trainer.steps, unit="step", dynamic_ncols=True, disable=trainer.rank > 0) as bar, runs.Signals() as signals:
+    with tqdm(total=total, initial=trainer.steps, unit="step", dynamic_ncols=True, disable=trainer.rank > 0) as bar, runs.Signals(quiet=trainer.rank > 0) as signals:
         while trainer.updates < trainer.total_updates:
             before, began = trainer.steps, time.perf_counter()
             metrics = trainer.iterate()
@@ -337,19 +337,19 @@ def evaluate(folder, tasks, episodes, config):
     agent, _ = build(config)
     if folder:
         runs.load(folder, agent)
-    print(f"{'task':34}{'episodes':>9}  {'return (95 % interval)':27}{'success (95 % interval)':26}" + (f"{'untrained return':>17}{'success':>9}" if folder else ""))
+    print(f"{'task' if folder else 'task (untrained LLM)':38}{'episodes':>9}  {'return (95 % interval)':27}{'success (95 % interval)':26}" + (f"{'untrained return':>17}{'success':>9}" if folder else ""))
     for env, task in tqdm(tasks, unit="task", leave=False, disable=True if len(tasks) == 1 else None):
         gamma = config.gamma if env == config.env else preset("pocket", env, task)["gamma"]
         make_env = lambda: envs.make(env, task=task, gamma=gamma)
         play = lambda: summarize(ppo.evaluate(make_env, agent, episodes, EVALUATION_SEED, gamma))
         result = play()
-        line = f"{env + '/' + task:34}{episodes:9}  " + "{:7.4f} ({:7.4f} to {:7.4f})  ".format(result["return"], *result["return_interval"])
+        line = f"{env + '/' + task:38}{episodes:9}  " + "{:7.4f} ({:7.4f} to {:7.4f})  ".format(result["return"], *result["return_interval"])
         line += "{:6.1%} ({:6.1%} to {:6.1%})   ".format(result["success"], *result["success_interval"])
         if folder:
             with agent.untrained():
                 prior = play()
             line += "{:17.4f}{:9.1%}".format(prior["return"], prior["success"])
-        tqdm.write(line)
+        tqdm.write(line.rstrip())
     return 0
 
 
@@ -389,6 +389,8 @@ def arguments(argv):
     config = Config(**given)
     if modes["from"] != "last" and modes["resume"] is None:
         raise ppo.ConfigError("--from names a checkpoint of the run that --resume goes on with; give both")
+    if sum(modes[name] is not None for name in ("resume", "eval", "tokens")) > 1:
+        raise ppo.ConfigError("--resume, --eval and --tokens are different commands; give one of them")
     if modes["episodes"] < 1:
         raise ppo.ConfigError(f"episodes is {modes['episodes']}; it must be at least 1")
     if modes["eval"] is not None:
@@ -398,7 +400,8 @@ def arguments(argv):
     task = given.get("task") or envs.make(config.env).task
     name = modes["preset"] or ("pocket" if config.model == "pocket_lm" else "hub")
     config = Config(**{**preset(name, config.env, task), **given, "env": config.env, "task": task})
-    config.validate()
+    if not (modes["resume"] or modes["eval"]):  # a run has its own
+        config.validate()
     return config, modes, given
 
 
