@@ -227,8 +227,8 @@ def watching():
     for owner, name, label in (
             (twosome.Agent, "log_probs", "scoring around the model"), (twosome.Agent, "values", "critic MLP"),
             (twosome.Agent, "encode", "rendering"), (ppo, "act", "environments"), (ppo, "sample", "sampling"), (ppo.PPO, "rollout", "rollout, the rest"),
-            (ppo.PPO, "critic_step", "critic update"), (ppo.PPO, "update", "policy update, the rest"), (ppo.PPO, "step", "optimisers"),
-            (ppo, "evaluate", "final evaluation, the rest"), (ppo.PPO, "iterate", "iteration, the rest"), (twosome, "build", "loading the model"),
+            (ppo.PPO, "critic_step", "critic update"), (ppo.PPO, "policy_gradient", "policy loss"), (ppo.PPO, "step", "optimisers"),
+            (ppo.PPO, "update", "update, the rest"), (ppo, "gather", "exchange between processes"), (ppo, "evaluate", "final evaluation, the rest"), (ppo.PPO, "iterate", "iteration, the rest"), (twosome, "build", "loading the model"),
             (runs.Run, "checkpoint", "checkpoints"), (runs.Run, "log", "metrics.csv")):
         clock.watch(owner, name, label)
     try:
@@ -258,31 +258,39 @@ def profile(options):
 # Several processes
 
 def processes(options):
-    """Steps a second of PPO iterations in one process on one core and in two on two, in turn."""
+    """Steps a second of PPO iterations in one process on one core and in two on two, in turn; and where the time of both goes."""
     facts = {}
-    for task, iterations, repeats in (("tomato-salad", 6, options.repeats), ("tomato-lettuce-salad", 2, 1)):  # the second is five times the work
-        pairs = []
-        for _ in range(repeats):
+    for task, iterations in (("tomato-salad", 6), ("tomato-lettuce-salad", 2)):  # the second is five times the work
+        pairs, parts = [], {1: [], 2: []}
+        for _ in range(options.repeats):
             pairs.append([])
             for count in (1, 2):
                 command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), os.path.abspath(__file__),
                            "--worker", str(iterations), "--task", task, "--model", options.model]
                 done = subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True)
-                pairs[-1].append(float(done.stdout.split()[-1]))
+                said = json.loads(done.stdout.splitlines()[-1])
+                pairs[-1].append(said["steps_per_second"])
+                parts[count].append(said["milliseconds"])
         ratios = [two / one for one, two in pairs]
         print(f"{task}: two processes on two cores take {np.median(ratios):.2f} times the steps a second of one on one ({min(ratios):.2f} to {max(ratios):.2f})")
-        facts[task] = {"steps_per_second": pairs, "ratio": float(np.median(ratios)), "ratios": ratios}
+        one, two = ({label: float(np.median([each.get(label, 0.0) for each in runs])) for label in runs[0]} for runs in parts.values())
+        for label in sorted(two, key=two.get, reverse=True):  # waiting for the others' gradients is in "update, the rest"
+            print(f"{one.get(label, 0.0):8.1f} {two[label]:8.1f}  ms an iteration in one process and in the first of two: {label}")
+        facts[task] = {"steps_per_second": pairs, "ratio": float(np.median(ratios)), "ratios": ratios, "milliseconds_of_one": one, "milliseconds_of_the_first_of_two": two}
     return facts
 
 
 def worker(options):
-    """One of `processes`' processes: train so many iterations after a first, and say the median of steps a second."""
+    """One of `processes`' processes: train so many iterations after a first; say the median of steps a second and where the time went."""
     twosome.join_processes()
     config = twosome.arguments(["--task", options.task, "--model", options.model, "--device", "cpu"])[0]
     agent, make_env = twosome.build(config)
     trainer = ppo.PPO(make_env, agent, config, config.seed)
-    seconds = [timed(trainer.iterate, agent.model.device)[0] for _ in range(1 + options.worker)][1:]
-    print(config.num_envs * config.rollout_steps / np.median(seconds))  # the first process's: the others' output is silenced
+    trainer.iterate()
+    with watching() as clock:
+        seconds = [timed(trainer.iterate, agent.model.device)[0] for _ in range(options.worker)]
+    spent = {label: 1e3 * each / options.worker for label, each in clock.spent.items()}
+    print(json.dumps({"steps_per_second": config.num_envs * config.rollout_steps / np.median(seconds), "milliseconds": spent}))  # the first's: the others are silent
     twosome.part()
 
 
