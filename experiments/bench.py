@@ -228,7 +228,8 @@ def watching():
             (twosome.Agent, "log_probs", "scoring around the model"), (twosome.Agent, "values", "critic MLP"),
             (twosome.Agent, "encode", "rendering"), (ppo, "act", "environments"), (ppo, "sample", "sampling"), (ppo.PPO, "rollout", "rollout, the rest"),
             (ppo.PPO, "critic_step", "critic update"), (ppo.PPO, "policy_gradient", "policy loss"), (ppo.PPO, "step", "optimisers"),
-            (ppo.PPO, "update", "update, the rest"), (ppo, "gather", "exchange between processes"), (ppo, "evaluate", "final evaluation, the rest"), (ppo.PPO, "iterate", "iteration, the rest"), (twosome, "build", "loading the model"),
+            (ppo.PPO, "update", "update, the rest"), (ppo, "gather", "exchange between processes"),
+            (ppo, "evaluate", "final evaluation, the rest"), (ppo.PPO, "iterate", "iteration, the rest"), (twosome, "build", "loading the model"),
             (runs.Run, "checkpoint", "checkpoints"), (runs.Run, "log", "metrics.csv")):
         clock.watch(owner, name, label)
     try:

@@ -4,8 +4,8 @@
 
 The model: a rollout computes ahead what the last one met more than once, then at each step that meets another prompt that is new
 to it one call more; the critic computes the distinct prompts once; each minibatch computes its own distinct prompts, forward and
-backward, in calls of up to scoring.NODES x TREES tokens. A call costs a constant and its FLOPs over a rate. Constant and rate are measured on 1 and on 32 prompts, and one number
-more, the seconds of everything that is not the model, on one iteration at the base point. Nothing is fitted to the curves.
+backward, in calls of up to scoring.NODES x TREES tokens. A call costs a constant and its FLOPs over a rate. Constant and rate are measured on 1
+and on 32 prompts, and one number more, the seconds of everything that is not the model, on one iteration at the base point. Nothing is fitted to the curves.
 
 Not for every world: here prompts are met at random; how many of your world's are distinct is for you to count.
 """

@@ -215,19 +215,24 @@ def test_same_seed_same_run_and_a_state_dict_continues_it():
     np.testing.assert_equal(run(2, other), rows[2:])
 
 
+def recorded(agent, gradients):
+    """A list to which each of the agent's later calls of log_probs, with or without gradients, adds its items."""
+    score, seen = agent.log_probs, []
+    agent.log_probs = lambda items: (torch.is_grad_enabled() == gradients and seen.append(list(items)), score(items))[1]
+    return seen
+
+
 def test_a_minibatchs_distinct_items_are_computed_once():
-    agent, seen = MLP(4, 2), []
-    score = agent.log_probs
-    agent.log_probs = lambda items: (torch.is_grad_enabled() and seen.append(list(items)), score(items))[1]
+    agent = MLP(4, 2)
+    seen = recorded(agent, gradients=True)
     ppo.PPO(Corridor, agent, SMALL, seed=1).iterate()
     assert agent.changes == 1 + 4  # before the rollout, and after each step: what was remembered is forgotten
     assert len(seen) == 4 and all(len(set(items)) == len(items) < SMALL.minibatch for items in seen)
 
 
 def test_what_a_rollout_met_more_than_once_is_scored_ahead_in_one_call():
-    agent, seen = MLP(4, 2), []
-    score = agent.log_probs
-    agent.log_probs = lambda items: (torch.is_grad_enabled() or seen.append(list(items)), score(items))[1]
+    agent = MLP(4, 2)
+    seen = recorded(agent, gradients=False)
     trainer = ppo.PPO(Corridor, agent, SMALL, seed=1)
     trainer.iterate()
     rollout = [item for items in seen for item in items]

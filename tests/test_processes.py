@@ -44,6 +44,13 @@ def finish(started):
     return [(process.returncode, *texts) for process, texts in zip(started, said)]
 
 
+def await_checkpoint(folder):
+    """Wait for a run's first checkpoint, a minute at most."""
+    until = time.time() + 60
+    while time.time() < until and not (folder / "checkpoint-1").exists():
+        time.sleep(0.05)
+
+
 def pairs_of_weights(*folders):
     """Name and tensors of each adapter and critic weight in the last checkpoints of two runs, which have the same names."""
     for name in ("adapter_model", "critic"):
@@ -79,9 +86,7 @@ def test_two_processes_give_the_result_of_one(tmp_path):
 def test_a_killed_process_ends_the_other_in_one_line_with_a_whole_checkpoint(tmp_path):
     folder = tmp_path / "run"
     first, second = started = start(2, folder, "--steps", "64000")
-    until = time.time() + 60
-    while time.time() < until and not (folder / "checkpoint-1").exists():
-        time.sleep(0.05)
+    await_checkpoint(folder)
     second.send_signal(signal.SIGKILL)
     (code, _, error), (killed, _, _) = finish(started)
     line = [line for line in error.replace("\r", "\n").splitlines() if line.startswith("twosome.py:")]
@@ -98,9 +103,7 @@ def test_every_way_out_ends_both_processes_in_order(tmp_path):
     assert "Traceback" not in error + lost and "terminate called" not in error + lost
     folder = tmp_path / "run"
     first, second = started = start(2, folder, "--steps", "64000")
-    until = time.time() + 60
-    while time.time() < until and not (folder / "checkpoint-1").exists():
-        time.sleep(0.05)
+    await_checkpoint(folder)
     second.send_signal(signal.SIGTERM)
     both = finish(started)
     assert [code for code, _, _ in both] == [143, 143], both
