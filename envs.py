@@ -1,118 +1,145 @@
-"""The two environments of TWOSOME: a partially observed Overcooked kitchen and a VirtualHome-style home.
+"""The two environments of TWOSOME (section 5): a kitchen seen in part, and a home of four rooms.
 
-Reference: Tan et al., "True Knowledge Comes from Practice: Aligning LLMs with Embodied Environments via Reinforcement
-Learning", ICLR 2024, arXiv 2401.14151, section 5. Needs numpy alone and imports nothing of the project: copy it as it is. With
-gymnasium installed the classes are gymnasium.Env with spaces, registered as "twosome/Overcooked-v0" and
-"twosome/VirtualHome-v0"; without it they are plain classes with the same methods.
+    [1] Tan et al. 2024, True Knowledge Comes from Practice: Aligning LLMs with Embodied
+        Environments via Reinforcement Learning, ICLR 2024, arXiv 2401.14151
+
+This file needs numpy alone and imports nothing of the project: copy it as it is. With gymnasium
+installed, the classes are gymnasium.Env with spaces, registered as "twosome/Overcooked-v0" and
+"twosome/VirtualHome-v0". Without it they are plain classes with the same methods.
 
     import envs
     env = envs.make("overcooked", task="tomato-lettuce-salad")
-    obs, info = env.reset()                               # float32; obs[i] is the value of env.feature_names[i]
-    obs, reward, terminated, truncated, info = env.step(env.action_names.index("get tomato"))
-    envs.make("virtualhome", task="food-preparation", food="lasagna", appliance="oven")     # same dynamics, other nouns
+    obs, info = env.reset()              # float32; obs[i] is the value of env.feature_names[i]
+    action = env.action_names.index("get tomato")
+    obs, reward, terminated, truncated, info = env.step(action)
 
-Map: errors; _Env, what both share; Overcooked: LAYOUTS, OVERCOOKED_TASKS, the class; VirtualHome: OBJECTS, GOALS, ACTIONS,
-FEATURES, HOME_TASKS, the class; make and registration.
+Where to find what
 
-info, after reset and after every step
-    state       named state, JSON-able, for a text layer to render. It never tells more than the observation: equal
-                observations have equal states, so an MLP and an LLM play the same game.
-    admissible  indices of the actions that the published mask lets a policy choose from. It can be EMPTY (see _stuck): read
-                that as "no advice, choose among all", as the recorded episodes do.
-    duration    primitive steps of the last action (0 after reset): a semi-Markov learner discounts by gamma**duration
-    success     only when the episode has ended: whether the task was done
+    _Env           what both share: episodes, the time limit, saving and restoring
+    Overcooked     its tables are LAYOUTS and OVERCOOKED_TASKS; Kitchen reads a layout
+    VirtualHome    its tables are OBJECTS, GOALS, ACTIONS, FEATURES and HOME_TASKS
+    make, TASKS    the way in
 
-The return of an episode is the sum of gamma**k r_k over its primitive steps k = 0, 1, ... An action of several steps answers with
-its own part, discounted from its own start; so the return is also the sum over actions of gamma**(steps before) * reward. In
-the home every action is one step. env.best_return is the largest return from the start (None where unknown).
+After reset and after every step, info holds
 
-Where a rule comes from is marked: "paper"; "published" (the authors' scripts, and recorded episodes of their simulators); "our
-choice". Deliberate deviations: a time limit is a truncation, not a termination; wrong input raises.
+    state          the named state: a JSON-able dict, from which prompts are rendered. It never
+                   tells more than the observation. Equal observations have equal states, so
+                   a network that reads numbers and an LLM play the same game.
+    admissible     the indices of the actions from which the published mask lets a policy choose.
+                   It can be EMPTY (see _stuck): read that as "choose among all", as the
+                   recorded episodes do. An action outside of it is no error.
+    duration       primitive steps of the last action, 0 after reset
+    success        only at the end of an episode: whether the task was done
+
+The return of an episode is the sum of gamma**k r_k over its primitive steps k = 0, 1, 2 and so on.
+A macro-action of several steps answers with its own part of this sum, discounted from its own
+start. A learner therefore discounts what comes after it by gamma**duration (semi-Markov).
+env.best_return is the largest return from the start, or None where it is not known.
+
+Each rule is marked with its source. "Paper" is [1]; "published" are its authors' experiment
+scripts and recorded answers of their simulators; "our choice" is neither. We deviate on
+purpose in two points: a time limit is a truncation and no end, and wrong input raises an error.
 """
-from __future__ import annotations
-
 import difflib
-import functools
 import inspect
 import operator
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 try:
     import gymnasium
-except ImportError:  # optional: only spaces and registration depend on it
+except ImportError:  # Optional: only the spaces and the registration depend on it.
     gymnasium = None
 
 
-# ------------------------------------------------------------------------------------------------------------- errors
-class EnvError(ValueError): """Anything this module refuses, in one line: what was wrong, and what would be right."""
-class UnknownNameError(EnvError): """No such environment, task or option."""
-class OptionError(EnvError): """The option exists, its value cannot be used."""
-class ActionError(EnvError): """Not the index of an action."""
-class EpisodeError(EnvError): """A step before reset, or after the end of the episode."""
-class StateError(EnvError): """load_state_dict was given something that state_dict of this task never returns."""
+# -----------------------------------------------------------------------------
+# Wrong input.
+
+class EnvError(ValueError):
+    """What this module refuses. One line says what was wrong and what would be right."""
 
 
 def _known(kind, name, known):
-    """name, if it is one of the known; else an error that lists them and, for a slip of the pen, names the nearest."""
+    """Return `name` if it is one of the known; else refuse it, and suggest the nearest."""
     if isinstance(name, str) and name in known:
         return name
     near = difflib.get_close_matches(str(name), list(known), n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
-    raise UnknownNameError(f"unknown {kind} {name!r}{hint}; known: {', '.join(known) or 'none'}")
+    raise EnvError(f"unknown {kind} {name!r}{hint}; known: {', '.join(known)}")
 
 
-def _require(true, message, *values):
-    if not true:
-        raise StateError("not a state of this task: " + message.format(*values))
+def _require(right, option, value, what):
+    """Refuse an option's value unless it is right."""
+    if not right:
+        raise EnvError(f"{option} must be {what}, got {value!r}")
 
 
-# -------------------------------------------------------------------------------------------- what both environments share
+def _is_number(value, kinds=(int, float)):
+    """Whether it is a number of these kinds. Python counts True and False in; we do not."""
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+# -----------------------------------------------------------------------------
+# What both environments share.
+
 class _Env(gymnasium.Env if gymnasium else object):
-    """Episode bookkeeping around six methods of a subclass.
+    """The episode around a world. A subclass is the world, in these methods:
 
-    _start() puts the world in its first state.          _act(index) -> (reward, primitive steps, task done)
-    _features() -> list of numbers                       _named_state() -> dict
-    _admissible() -> list of indices                     _world() -> dict, _set_world(dict): the world, JSON-able
+        _start()            put the world in its first state
+        _act(index)         -> reward, primitive steps, whether the task is done
+        _features()         -> list of numbers, in the order of feature_names
+        _named_state()      -> dict
+        _world()            -> dict: all that changes in the world, JSON-able
+        _set_world(dict)    restore it
 
-    Both worlds are deterministic and start always the same: a seed is accepted, as Gymnasium asks, and changes nothing.
+    Both worlds are deterministic and always start the same. A seed is accepted, because
+    Gymnasium asks for it, and changes nothing.
     """
 
     metadata = {"render_modes": []}
 
-    def _setup(self, task, gamma, max_steps, high):
-        number = isinstance(gamma, (int, float)) and not isinstance(gamma, bool)
-        if not number or not 0 < gamma <= 1:
-            raise OptionError(f"gamma must be a number in (0, 1], got {gamma!r}")
-        if not isinstance(max_steps, int) or isinstance(max_steps, bool) or max_steps < 1:
-            raise OptionError(f"max_steps must be a positive integer, got {max_steps!r}")
-        self.task, self.gamma, self.max_steps = task, float(gamma), max_steps
+    def __init__(self, task, gamma, max_steps, action_names, bounds):
+        """Check what both have in common. `bounds` is {feature's name: its largest value}."""
+        _require(_is_number(gamma) and 0 < gamma <= 1, "gamma", gamma, "a number in (0, 1]")
+        whole = _is_number(max_steps, int)
+        _require(whole and max_steps >= 1, "max_steps", max_steps, "a positive integer")
+        self.task = task
+        self.gamma = float(gamma)
+        self.max_steps = max_steps
+        self.action_names = list(action_names)
+        self.feature_names = list(bounds)
         if gymnasium:
-            high = np.asarray(high, dtype=np.float32)
-            self.observation_space = gymnasium.spaces.Box(np.zeros_like(high), high, dtype=np.float32)
+            high = np.array(list(bounds.values()), dtype=np.float32)
+            self.observation_space = gymnasium.spaces.Box(0, high, dtype=np.float32)
             self.action_space = gymnasium.spaces.Discrete(len(self.action_names))
         self._begin("new")
 
     def _begin(self, phase):
-        # phase: "new" (before reset), "running", "success" or "failure" (the episode has ended)
-        self.phase, self.elapsed, self.duration = phase, 0, 0
+        # A phase is "new" (before the first reset) or "running", and in the end "success" or
+        # "failure". Only a running episode takes steps.
+        self.phase = phase
+        self.elapsed = 0
+        self.duration = 0
         self._start()
 
     def reset(self, seed=None, options=None):
-        """-> (obs, info). seed is accepted and changes nothing; there are no reset options."""
+        """Begin an episode and return (obs, info). The seed changes nothing."""
         if options:
-            raise OptionError(f"reset takes no options, got {options!r}")
+            raise EnvError(f"reset takes no options, got {options!r}")
         if gymnasium:
-            super().reset(seed=seed)  # Gymnasium's own random generator, for whoever reads env.np_random
+            super().reset(seed=seed)  # Gymnasium's own generator, for whoever reads env.np_random.
         self._begin("running")
         return self.observe()
 
     def step(self, action):
-        """-> (obs, reward, terminated, truncated, info). One macro-action; the time limit is looked at after it (published)."""
+        """Take one macro-action. Returns (obs, reward, terminated, truncated, info).
+
+        The time limit is looked at after a macro-action and never cuts one (published).
+        """
         if self.phase != "running":
-            raise EpisodeError("no episode has begun; call reset() first" if self.phase == "new" else
-                               "the episode has ended; call reset() to begin the next")
+            what = "no episode has begun" if self.phase == "new" else "the episode has ended"
+            raise EnvError(f"{what}; call reset() to begin the next one")
         reward, self.duration, done = self._act(self._index(action))
         self.elapsed += self.duration
         truncated = not done and self.elapsed >= self.max_steps
@@ -122,54 +149,57 @@ class _Env(gymnasium.Env if gymnasium else object):
         return obs, reward, done, truncated, info
 
     def close(self):
-        """Nothing to release; here for callers that treat every environment alike."""
+        """Release nothing; here for callers that treat every environment alike."""
 
     def observe(self):
-        """-> (obs, info) of the present moment, as the last reset or step gave them: what a resumed run continues from."""
-        info = {"state": self._named_state(), "admissible": self._admissible(), "duration": self.duration}
+        """Return (obs, info) of this moment, as the last reset or step gave them."""
+        info = {"state": self._named_state(), "admissible": self._admissible(),
+                "duration": self.duration}
         if self.phase in ("success", "failure"):
             info["success"] = self.phase == "success"
         return np.array(self._features(), dtype=np.float32), info
 
+    def _admissible(self):
+        """Return the indices of all actions. VirtualHome has a mask instead."""
+        return list(range(len(self.action_names)))
+
     def _index(self, action):
-        """The action as an int. A bool is refused: True would otherwise pass for action 1."""
+        """Return the action as an int. A bool is refused: True would pass for action 1."""
         try:
-            index = -1 if "bool" in str(getattr(action, "dtype", type(action))) else operator.index(action)
+            index = -1 if isinstance(action, bool) else operator.index(action)
         except TypeError:
             index = -1
-        if not 0 <= index < len(self.action_names):
-            raise ActionError(f"action must be an integer from 0 to {len(self.action_names) - 1}, got {action!r}")
+        last = len(self.action_names) - 1
+        if not 0 <= index <= last:
+            raise EnvError(f"action must be an integer from 0 to {last}, got {action!r}")
         return index
 
     def state_dict(self):
-        """All that changes during an episode, JSON-able; load_state_dict restores it exactly."""
-        return {"environment": self.name, "task": self.task, "phase": self.phase, "elapsed": self.elapsed,
-                "duration": self.duration, "world": self._world()}
+        """Return all that changes during an episode, JSON-able, for load_state_dict."""
+        return {"environment": self.name, "task": self.task, "phase": self.phase,
+                "elapsed": self.elapsed, "duration": self.duration, "world": self._world()}
 
     def load_state_dict(self, state):
-        """Continue from a state_dict of the same task; a StateError leaves the environment as it was."""
-        now = self.state_dict()
-        _require(isinstance(state, dict) and state.keys() == now.keys(), "its keys must be {}", ", ".join(now))
-        for key in ("environment", "task"):
-            _require(state[key] == now[key], "{} is {!r}, here it is {!r}", key, state[key], now[key])
-        _require(state["phase"] in ("new", "running", "success", "failure"), "phase {!r}", state["phase"])
-        for key in ("elapsed", "duration"):
-            _require(type(state[key]) is int and state[key] >= 0, "{} {!r} is not a count", key, state[key])
-        world = state["world"]
-        _require(isinstance(world, dict) and world.keys() == now["world"].keys(),
-                 "its world's keys must be {}", ", ".join(now["world"]))
-        try:
-            self._set_world(world)  # changes nothing unless all of it is right
-        except StateError:
-            raise
-        except (TypeError, AttributeError, KeyError, ValueError) as error:  # a list where a name belongs, and the like
-            raise StateError(f"not a state of this task: {world!r} ({error})") from error
-        self.phase, self.elapsed, self.duration = state["phase"], state["elapsed"], state["duration"]
+        """Continue from a state_dict. EnvError: it is not of this task, or of another version."""
+        mine = self.state_dict()
+        given = state if isinstance(state, dict) else {}
+        same = all(given.get(key) == mine[key] for key in ("environment", "task"))
+        same = same and given.keys() == mine.keys()
+        if not same or given["world"].keys() != mine["world"].keys():
+            raise EnvError(f"needs a state of {self.name}, task {self.task}, saved by this "
+                           f"version; got one of task {given.get('task')}, or of another version")
+        self.phase = state["phase"]
+        self.elapsed = state["elapsed"]
+        self.duration = state["duration"]
+        self._set_world(state["world"])
 
 
-# ----------------------------------------------------------------------------------------------------------- Overcooked
-# Row x from the top, column y from the left. W counter, . floor, A the agent's start (floor), T tomato, L lettuce, O onion,
-# B bowl, K cutting board, D delivery counter. (paper)
+# -----------------------------------------------------------------------------
+# Overcooked: its tables.
+
+# A row is x, counted from the top; a column is y, counted from the left (paper). W counter,
+# . floor, A the agent's start on the floor, T tomato, L lettuce, O onion, B bowl,
+# K cutting board, D delivery counter.
 LAYOUTS = {
     "one food": """
         W W W W W T W
@@ -188,14 +218,18 @@ LAYOUTS = {
         W . . . . . W
         W W W W W B W""",
 }
-FOODS = {"T": "tomato", "L": "lettuce", "O": "onion"}  # symbol -> name; their order is the order of features and actions
-DIRECTIONS = ((0, 1), (1, 0), (0, -1), (-1, 0))  # right, down, left, up: the order in which "chop" looks for a board
+# What can be carried. This is the order of features and actions as well.
+ITEMS = {"T": "tomato", "L": "lettuce", "O": "onion", "B": "bowl"}
+# Right, down, left, up: the order in which "chop" looks for a board (published).
+DIRECTIONS = ((0, 1), (1, 0), (0, -1), (-1, 0))
 
 
 class Recipe(NamedTuple):
+    """A task in the kitchen. `best` was found by exhaustive search, which the tests repeat."""
+
     layout: str
     foods: tuple  # what the delivered bowl must hold, and nothing else
-    best: float   # best return at gamma 0.99, found by exhaustive search (tests/test_envs.py repeats it)
+    best: float   # the best return at gamma 0.99 and with the paper's rewards
 
 
 OVERCOOKED_TASKS = {
@@ -208,44 +242,58 @@ OVERCOOKED_TASKS = {
     "tomato-lettuce-onion-salad": Recipe("three foods", ("tomato", "lettuce", "onion"), 0.944705),
 }
 
-VIEW = 2                # Chebyshev distance that the agent sees (paper: a 5 x 5 square around it)
+# The numbers of the paper.
+VIEW = 2                # the agent sees a square of 5 x 5 cells around it
 CHOPS = 3               # chops that make a food chopped
-STEP_REWARD = -0.001    # every primitive step                                       these four: paper
-CHOP_REWARD = 0.2       # the moment a food of the recipe becomes chopped
-DELIVERY_REWARD = 1.0   # the recipe's foods in the bowl, delivered
-MISTAKE_REWARD = -0.1   # anything else delivered
+STEP_REWARD = -0.001    # every primitive step
+CHOP_REWARD = 0.2       # when a food of the recipe becomes chopped
+DELIVERY_REWARD = 1.0   # when the bowl is delivered with the recipe's foods
+MISTAKE_REWARD = -0.1   # when anything else is delivered
 
 
-class _Kitchen:
-    """A layout read once: where things are, what is seen from each floor cell, and the shortest way to each counter."""
+class Kitchen:
+    """A layout, read once. A cell is (x, y): its row and its column.
+
+        cells       {cell: symbol of LAYOUTS}; size is (rows, columns)
+        start       the agent's first cell
+        home        {item: the cell where it starts}; foods are the items without the bowl
+        boards      {"board1": cell, and so on}; board_at is its reverse
+        fixtures    the boards and {"counter": the cell of the delivery}
+        beside      {floor cell: its four neighbours}
+        way         {floor cell: {counter cell: floor cells of a shortest way until next to it}}
+    """
 
     def __init__(self, text):
+        """Read one text of LAYOUTS."""
         rows = [line.split() for line in text.strip().splitlines()]
-        cells = {(x, y): symbol for x, row in enumerate(rows) for y, symbol in enumerate(row)}
-        where = {symbol: cell for cell, symbol in cells.items()}
-        boards = [cell for cell, symbol in cells.items() if symbol == "K"]
-        self.size = len(rows), len(rows[0])
-        self.start, self.delivery = where["A"], where["D"]
-        self.foods = [name for symbol, name in FOODS.items() if symbol in where]
-        self.home = {name: where[symbol] for symbol, name in FOODS.items() if symbol in where} | {"bowl": where["B"]}
+        self.size = (len(rows), len(rows[0]))
+        self.cells = {(x, y): rows[x][y] for x, y in np.ndindex(self.size)}
+        where = {symbol: cell for cell, symbol in self.cells.items()}
+        self.start = where["A"]
+        self.delivery = where["D"]
+        self.home = {item: where[symbol] for symbol, item in ITEMS.items() if symbol in where}
+        self.foods = [item for item in self.home if item != "bowl"]
+        boards = [cell for cell, symbol in self.cells.items() if symbol == "K"]
         self.boards = {f"board{n}": cell for n, cell in enumerate(boards, 1)}
         self.board_at = {cell: board for board, cell in self.boards.items()}
-        self.floor = {cell for cell, symbol in cells.items() if symbol in ".A"}
-        self.counters = set(cells) - self.floor
-        self.beside = {(x, y): [(x + dx, y + dy) for dx, dy in DIRECTIONS] for x, y in self.floor}
-        self.view = {(x, y): {(a, b) for a, b in cells if max(abs(a - x), abs(b - y)) <= VIEW} for x, y in self.floor}
-        self.way = {cell: self._ways(cell) for cell in self.floor}
+        self.fixtures = self.boards | {"counter": self.delivery}
+        floor = [cell for cell, symbol in self.cells.items() if symbol in ".A"]
+        self.beside = {(x, y): [(x + dx, y + dy) for dx, dy in DIRECTIONS] for x, y in floor}
+        self.way = {cell: self._ways(cell) for cell in floor}
 
     def _ways(self, start):
-        """{counter cell: [floor cells of a shortest way until next to it]}, breadth first.
+        """Search breadth first from one floor cell.
 
-        Which of several shortest ways is taken shows only where a walk ends early (see _get_food). Our choice: the one that
-        breadth-first search in the order of DIRECTIONS finds first; it agrees with every recording.
+        Several ways can be equally short. Which one is taken shows only where a walk ends early
+        (see Overcooked._get_food). Our choice is the one that this search finds first, in the
+        order of DIRECTIONS; it agrees with every recording.
         """
-        paths, queue, ways = {start: []}, [start], {}
+        paths = {start: []}
+        ways = {}
+        queue = [start]
         for cell in queue:
             for near in self.beside[cell]:
-                if near in self.counters:
+                if near not in self.beside:  # It is a counter: the way ends here.
                     ways.setdefault(near, paths[cell])
                 elif near not in paths:
                     paths[near] = [*paths[cell], near]
@@ -253,574 +301,721 @@ class _Kitchen:
         return ways
 
 
-@functools.cache
-def _kitchen(layout):
-    return _Kitchen(LAYOUTS[layout])
+KITCHENS = {name: Kitchen(text) for name, text in LAYOUTS.items()}
 
+
+# -----------------------------------------------------------------------------
+# Overcooked: the class.
 
 class Overcooked(_Env):
-    """A 7 x 7 kitchen seen in part by one agent who makes a salad: chop the recipe's foods, put them in the bowl, deliver it.
+    """A kitchen of 7 x 7 cells, seen in part by one agent who makes a salad.
 
-    ACTIONS (macro-actions; all are always admissible, an impossible one costs a step or more and changes nothing)
-        get <food>, get bowl    walk a shortest path until next to where it truly is, then act on it. One idle step if it is
-                                held. A food in the bowl: until the bowl is in view, and one idle step. An unchopped food on a
-                                board is approached and left alone. With a chopped food in hand, "get bowl" puts it in the
-                                bowl and then takes the bowl.
-        go to board <n>, deliver  walk next to it; holding something, act on it; one idle step if already there, empty-handed
-        chop                    an unchopped food on a board next to the agent: three chops, one step each; else one idle step
-      One primitive step: move to a neighbouring floor cell, or act on a neighbouring counter cell (see _touch).
+    Chop the foods of the recipe on a board, put them in the bowl, and deliver the bowl.
 
-    OBSERVATION (float32; raw numbers; 0 for what is not in view, which is a 5 x 5 square around the agent)
-        row, column and chops (0 to 3) of each food; row and column of bowl, boards, "counter" (the delivery), agent.
-        A held thing is where the agent is; a food in the bowl is where the bowl is.
+    ACTIONS are macro-actions. All are always admissible (published): one that cannot succeed now
+    costs a step or more and changes nothing but where the agent stands.
 
-    REWARDS (paper) -0.001 a primitive step, +0.2 when a food of the recipe becomes chopped, +1 for the correct delivery,
-        -0.1 for any other, which also puts what was delivered back where it began, emptied and unchopped. gamma 0.99
-        (published) applies per primitive step, inside a macro-action too.
+        get <food>        Walk a shortest way until next to where it truly is, then act on it. If
+                          it is held, stay idle for one step. If it is in the bowl, walk until the
+                          bowl is in view and stay idle for one step. Leave an unchopped food that
+                          lies on a board where it is: only walk there.
+        get bowl          Likewise. With a chopped food in hand, put it in the bowl, and then take
+                          the bowl.
+        go to board <n>   Walk until next to it. With something in hand, act on it. With an empty
+        deliver           hand, stay idle for one step if the agent stood there already.
+        chop              If an unchopped food lies on a board next to the agent, chop three times,
+                          one step each. Otherwise stay idle for one step.
 
-    TERMINATION at the correct delivery. TRUNCATION after 200 primitive steps, looked at between macro-actions (published).
+    A primitive step is a move to a neighbouring floor cell or an act on a neighbouring counter
+    cell (see _touch).
 
-    TASKS a key of TASKS["overcooked"]. tomato-salad has the kitchen with one food and 5 actions, the others 8 actions.
+    OBSERVATION: raw numbers, 0 for what is out of view. Row, column and chops (0 to 3) of each
+    food; row and column of the bowl, the boards, "counter" (the delivery) and the agent. A held
+    thing is where the agent is, and a food in the bowl is where the bowl is.
 
-    NAMED STATE (info["state"])
-        environment, recipe, foods, boards: what the task is made of
-        places   {food or "bowl", if in view: "hand", "bowl" (in it), "board1", "board2" or "counter"}
-        chops    {food, if in view: 0..3}            holding  None, a food or "bowl"
-        next_to  boards, "delivery", and foods and "bowl" lying on a counter, orthogonally next to the agent. What lies ON a
-                 board is not repeated here: places says so, and the board is named.
+    REWARDS (paper): -0.001 a primitive step, +0.2 when a food of the recipe becomes chopped, +1
+    for the correct delivery, -0.1 for any other. A wrong delivery puts what was delivered back
+    where it started, emptied and unchopped. gamma is 0.99 (published) and applies to every
+    primitive step, inside a macro-action too.
+
+    TERMINATION at the correct delivery. TRUNCATION after 200 primitive steps (published).
+
+    TASKS are the keys of OVERCOOKED_TASKS. The tomato salad has a kitchen with one food and 5
+    actions; the others have three foods and 8 actions.
+
+    OPTIONS view (2) is how many cells far the agent sees, diagonals included; chop_reward (0.2)
+    replaces the reward of a chopped food. The published PPO baseline did not play under the
+    conditions of TWOSOME: its view was 10, which is the whole kitchen, and its chop_reward 0.1.
+
+    NAMED STATE, info["state"]. The last three keys tell only what is in view.
+
+        environment, recipe, foods, boards    what the task is made of
+        holding     None, a food or "bowl"
+        places      {food or "bowl": "hand", "bowl" (in it), "board1", "board2" or "counter"}
+        chops       {food: 0 to 3}
+        next_to     what is orthogonally next to the agent: boards, "delivery", and whatever lies
+                    on a counter. What lies on a board is not named again: places tells it.
     """
 
     name = "overcooked"
 
-    def __init__(self, task="tomato-salad", gamma=0.99, max_steps=200):
+    def __init__(self, task="tomato-salad", gamma=0.99, max_steps=200, view=VIEW,
+                 chop_reward=CHOP_REWARD):
+        """Build the kitchen of a task; see OPTIONS. EnvError: a name or a value is wrong."""
         recipe = OVERCOOKED_TASKS[_known("overcooked task", task, OVERCOOKED_TASKS)]
-        kitchen = self._kitchen = _kitchen(recipe.layout)
-        self.recipe, self.foods = recipe.foods, kitchen.foods
-        # The table of actions: name, method, its argument.
-        self._actions = [
-            *((f"get {food}", Overcooked._get_food, food) for food in self.foods),
-            ("get bowl", Overcooked._get_bowl, None),
-            *((f"go to board {n}", Overcooked._go_to, cell) for n, cell in enumerate(kitchen.boards.values(), 1)),
-            ("deliver", Overcooked._go_to, kitchen.delivery),
-            ("chop", Overcooked._chop, None),
-        ]
-        self.action_names = [name for name, _, _ in self._actions]
-        xy, high = ("x", "y"), [size - 1 for size in kitchen.size]
-        self.feature_names = [f"{food}_{field}" for food in self.foods for field in (*xy, "chops")] + [
-            f"{thing}_{field}" for thing in ("bowl", *kitchen.boards, "counter", "agent") for field in xy]
-        self._setup(task, gamma, max_steps, (*high, CHOPS) * len(self.foods) + (*high,) * (len(kitchen.boards) + 3))
-        self.best_return = recipe.best if gamma == 0.99 and max_steps >= 200 else None
+        _require(_is_number(view, int) and view >= 1, "view", view, "a positive integer")
+        finite = _is_number(chop_reward) and abs(chop_reward) < float("inf")
+        _require(finite, "chop_reward", chop_reward, "a finite number")
+        self.kitchen = KITCHENS[recipe.layout]
+        self.recipe = recipe.foods
+        self.foods = self.kitchen.foods
+        self.view = view
+        self.chop_reward = chop_reward
+        self._actions = self._action_table()
+        super().__init__(task, gamma, max_steps, self._actions, self._feature_bounds())
+        # The view changes what is known and, for the best policy, nothing of what can be done.
+        usual = gamma == 0.99 and max_steps >= 200 and chop_reward == CHOP_REWARD
+        self.best_return = recipe.best if usual else None
 
-    # The world: agent (a floor cell), holding (None or an item), lying {item: counter cell}, in_bowl [foods], chops {food: 0..3}.
-    # Every item is in exactly one of: the hand, lying, in_bowl.
+    def _action_table(self):
+        """Return {name: (method, its argument if it takes one)}."""
+        table = {f"get {food}": (Overcooked._get_food, food) for food in self.foods}
+        table["get bowl"] = (Overcooked._get_bowl,)
+        for n, cell in enumerate(self.kitchen.boards.values(), 1):
+            table[f"go to board {n}"] = (Overcooked._go_to, cell)
+        table["deliver"] = (Overcooked._go_to, self.kitchen.delivery)
+        table["chop"] = (Overcooked._chop,)
+        return table
+
+    def _feature_bounds(self):
+        """Return {feature's name: its largest value}, in the order of _features."""
+        rows, columns = self.kitchen.size
+        bounds = {}
+        for thing in self._things():
+            bounds |= {f"{thing}_x": rows - 1, f"{thing}_y": columns - 1}
+            if thing in self.foods:
+                bounds[f"{thing}_chops"] = CHOPS
+        return bounds
+
+    def _things(self):
+        """Name what the observation tells, in its order."""
+        return (*self.kitchen.home, *self.kitchen.fixtures, "agent")
+
+    # The world. Every item is in exactly one of three places: in the hand, in `lying`, or in the
+    # bowl, which is itself in the hand or in `lying`. These attributes may be read, to draw it.
+
     def _start(self):
-        self.agent, self.holding = self._kitchen.start, None
-        self.lying, self.in_bowl = dict(self._kitchen.home), []
-        self.chops = dict.fromkeys(self.foods, 0)
+        self._set_world({"agent": self.kitchen.start, "holding": None, "in_bowl": [],
+                         "lying": self.kitchen.home, "chops": dict.fromkeys(self.foods, 0)})
 
-    def _cell(self, item):
-        if item in self.in_bowl:
-            item = "bowl"
-        return self.agent if item == self.holding else self.lying[item]
+    def _world(self):
+        lying = {item: list(cell) for item, cell in self.lying.items()}
+        return {"agent": list(self.agent), "holding": self.holding, "lying": lying,
+                "in_bowl": sorted(self.in_bowl), "chops": dict(self.chops)}
+
+    def _set_world(self, world):
+        self.agent = tuple(world["agent"])      # a floor cell
+        self.holding = world["holding"]         # None or an item
+        self.in_bowl = list(world["in_bowl"])   # foods
+        self.chops = dict(world["chops"])       # {food: 0 to 3}
+        # {item: counter cell}; JSON knows no tuples and gives lists instead.
+        self.lying = {item: tuple(cell) for item, cell in world["lying"].items()}
+
+    def _cell(self, thing):
+        """Return the cell of any thing. What is held is where the agent is."""
+        if thing in self.in_bowl:
+            thing = "bowl"
+        if thing in ("agent", self.holding):
+            return self.agent
+        return self.lying.get(thing) or self.kitchen.fixtures[thing]
+
+    def _sees(self, cell):
+        distance = max(abs(cell[0] - self.agent[0]), abs(cell[1] - self.agent[1]))
+        return distance <= self.view
+
+    # The bowl has no chops: it is neither chopped nor unchopped. The same goes for no item, None.
+
+    def _chopped(self, item):
+        return self.chops.get(item, 0) == CHOPS
 
     def _unchopped(self, item):
-        return self.chops.get(item, CHOPS) < CHOPS  # the bowl has no chops and counts as nothing to chop
+        return self.chops.get(item, CHOPS) < CHOPS
 
-    # ---- primitive steps: each adds its reward, discounted from the macro-action's start
+    # Primitive steps. Each adds its reward, discounted from the start of the macro-action.
+
     def _act(self, index):
-        self._reward, self._steps, self._discount, self._delivered = 0.0, 0, 1.0, False
-        _, method, argument = self._actions[index]
-        method(self, argument)
+        self._reward = 0.0
+        self._steps = 0
+        self._delivered = False
+        method, *argument = self._actions[self.action_names[index]]
+        method(self, *argument)
         return self._reward, self._steps, self._delivered
 
     def _tick(self, reward=0.0):
-        self._reward += self._discount * (STEP_REWARD + reward)
-        self._discount *= self.gamma
+        """Let one primitive step pass: add gamma**k r_k."""
+        self._reward += self.gamma**self._steps * (STEP_REWARD + reward)
         self._steps += 1
 
     def _walk(self, target, until_seen=False):
-        """Until next to the target cell, or until it is in view; -> whether there was any way to go."""
-        way = self._kitchen.way[self.agent][target]
+        """Walk until next to a cell, or until it is in view. Returns whether it was away."""
+        way = self.kitchen.way[self.agent][target]
         for cell in way:
-            if until_seen and target in self._kitchen.view[self.agent]:
+            if until_seen and self._sees(target):
                 break
             self.agent = cell
             self._tick()
         return bool(way)
 
     def _touch(self, cell):
-        """One primitive step into a counter cell: take, chop, put down, fill the bowl or deliver, as hand and cell allow."""
-        hand, board = self.holding, self._kitchen.board_at.get(cell)
+        """Act on a neighbouring counter cell, as hand and cell allow: one primitive step."""
+        hand = self.holding
         item = next((item for item, at in self.lying.items() if at == cell), None)
         reward = 0.0
-        if cell == self._kitchen.delivery:
+        if cell == self.kitchen.delivery:
             reward = self._deliver()
         elif hand is None and item is not None:
-            if board and self._unchopped(item):
-                self.chops[item] += 1
-                reward = CHOP_REWARD if item in self.recipe and self.chops[item] == CHOPS else 0.0
-            else:
-                del self.lying[item]
-                self.holding = item
+            reward = self._chop_or_take(item, cell)
         elif hand is not None and item is None:
-            self.lying[hand], self.holding = cell, None
-        elif item == "bowl" and not self._unchopped(hand):
+            self.lying[hand] = cell
+            self.holding = None
+        elif item == "bowl" and self._chopped(hand):
             self.in_bowl.append(hand)
             self.holding = None
-            if board:  # published: on a board, the food goes in and the bowl comes to hand in the same step
-                del self.lying["bowl"]
-                self.holding = "bowl"
-        elif hand == "bowl" and item is not None and not self._unchopped(item):
+            # Published: on a board the bowl comes to hand in the same step.
+            if cell in self.kitchen.board_at:
+                self._chop_or_take("bowl", cell)
+        elif hand == "bowl" and self._chopped(item):
             del self.lying[item]
             self.in_bowl.append(item)
         self._tick(reward)
 
+    def _chop_or_take(self, item, cell):
+        """Chop a food on a board once, or take into the empty hand whatever else lies there."""
+        if cell in self.kitchen.board_at and self._unchopped(item):
+            self.chops[item] += 1
+            finished = self.chops[item] == CHOPS and item in self.recipe
+            return self.chop_reward if finished else 0.0
+        del self.lying[item]
+        self.holding = item
+        return 0.0
+
     def _deliver(self):
+        """Hand over what is held, and return the reward. The world takes a mistake back."""
         if self.holding is None:
             return 0.0
         if self.holding == "bowl" and set(self.in_bowl) == set(self.recipe):
             self._delivered = True
             return DELIVERY_REWARD
-        wasted = [self.holding, *(self.in_bowl if self.holding == "bowl" else ())]
-        for item in wasted:
-            self.lying[item] = self._kitchen.home[item]
-        self.chops.update((food, 0) for food in wasted if food != "bowl")
-        self.in_bowl, self.holding = [food for food in self.in_bowl if food not in wasted], None
+        wasted = [self.holding]
+        if self.holding == "bowl":
+            wasted += self.in_bowl
+            self.in_bowl = []
+        self.lying |= {item: self.kitchen.home[item] for item in wasted}
+        self.chops |= {food: 0 for food in wasted if food != "bowl"}
+        self.holding = None
         return MISTAKE_REWARD
 
-    # ---- macro-actions
+    # Macro-actions.
+
+    def _approach(self, cell, acts):
+        """Walk until next to a cell and act on it, if asked to. Standing still costs a step."""
+        walked = self._walk(cell)
+        if acts:
+            self._touch(cell)
+        elif not walked:
+            self._tick()
+
     def _get_food(self, food):
         cell = self._cell(food)
-        if cell == self.agent:  # it is held, or in the bowl that is
-            return self._tick()
-        if food in self.in_bowl:  # published: the agent gives up once it sees that
-            self._walk(cell, until_seen=True)
-            return self._tick()
-        walked = self._walk(cell)
-        if not (cell in self._kitchen.board_at and self._unchopped(food)):
-            self._touch(cell)
-        elif not walked:
+        if cell == self.agent:  # It is held, or it is in the bowl that is held.
             self._tick()
+        elif food in self.in_bowl:  # Published: the agent gives up once it sees that.
+            self._walk(cell, until_seen=True)
+            self._tick()
+        else:
+            to_chop = cell in self.kitchen.board_at and self._unchopped(food)
+            self._approach(cell, acts=not to_chop)
 
-    def _get_bowl(self, _):
+    def _get_bowl(self):
         if self.holding == "bowl":
-            return self._tick()
-        cell, chopped_in_hand = self._cell("bowl"), self.holding is not None and not self._unchopped(self.holding)
-        self._walk(cell)
-        self._touch(cell)
-        if chopped_in_hand:
-            self._tick() if self.holding == "bowl" else self._touch(cell)
+            self._tick()
+            return
+        fills = self._chopped(self.holding)
+        self._approach(self._cell("bowl"), acts=True)
+        if fills:  # Now take it. If it stood on a board, it is in hand already and this is idle.
+            self._get_bowl()
 
     def _go_to(self, cell):
-        walked = self._walk(cell)
-        if self.holding is not None:
-            self._touch(cell)
-        elif not walked:
-            self._tick()
+        self._approach(cell, acts=self.holding is not None)
 
-    def _chop(self, _):
-        lying = {cell: item for item, cell in self.lying.items() if cell in self._kitchen.board_at and self._unchopped(item)}
-        cell = next((cell for cell in self._kitchen.beside[self.agent] if cell in lying), None)
-        if cell is None:
-            return self._tick()
-        for _ in range(CHOPS):
-            self._tick() if self.holding else self._touch(cell)
+    def _chop(self):
+        ready = [cell for item, cell in self.lying.items() if self._unchopped(item)]
+        near = [cell for cell in self.kitchen.beside[self.agent]
+                if cell in self.kitchen.board_at and cell in ready]
+        for _ in range(CHOPS if near else 1):
+            if near and self.holding is None:
+                self._touch(near[0])
+            else:  # There is nothing to chop, or no hand for it.
+                self._tick()
 
-    # ---- what is seen of it
+    # What is seen of it.
+
     def _features(self):
-        kitchen, view, unseen = self._kitchen, self._kitchen.view[self.agent], (0, 0)
         values = []
-        for food in self.foods:
-            cell = self._cell(food)
-            values += (*cell, self.chops[food]) if cell in view else (0, 0, 0)
-        for cell in (self._cell("bowl"), *kitchen.boards.values(), kitchen.delivery):
-            values += cell if cell in view else unseen
-        values += self.agent
+        for thing in self._things():
+            cell = self._cell(thing)
+            numbers = [*cell, self.chops[thing]] if thing in self.foods else cell
+            values += numbers if self._sees(cell) else [0] * len(numbers)
         return values
 
     def _named_state(self):
-        kitchen, near = self._kitchen, self._kitchen.beside[self.agent]
-        view, places, lying_near = kitchen.view[self.agent], {}, []
-        for item in (*self.foods, "bowl"):
-            cell = self._cell(item)
-            if cell not in view:
-                continue
-            if item == self.holding:
-                places[item] = "hand"
-            elif item in self.in_bowl:
-                places[item] = "bowl"
-            else:
-                places[item] = kitchen.board_at.get(cell, "counter")
-                if places[item] == "counter" and cell in near:
-                    lying_near.append(item)
-        fixtures = [board for board, cell in kitchen.boards.items() if cell in near]
+        kitchen = self.kitchen
+        near = kitchen.beside[self.agent]
+        seen = [item for item in kitchen.home if self._sees(self._cell(item))]
+        places = {item: self._place(item) for item in seen}
+        next_to = [board for board, cell in kitchen.boards.items() if cell in near]
         if kitchen.delivery in near:
-            fixtures.append("delivery")
+            next_to.append("delivery")
+        on_counters = [item for item in seen if places[item] == "counter"]
+        next_to += [item for item in on_counters if self.lying[item] in near]
+        chops = {food: self.chops[food] for food in self.foods if food in places}
         return {"environment": self.name, "recipe": list(self.recipe), "foods": list(self.foods),
-                "boards": list(kitchen.boards), "places": places,
-                "chops": {food: self.chops[food] for food in self.foods if food in places},
-                "holding": self.holding, "next_to": fixtures + lying_near}
+                "boards": list(kitchen.boards), "places": places, "chops": chops,
+                "holding": self.holding, "next_to": next_to}
 
-    def _admissible(self):
-        return list(range(len(self._actions)))  # published: no mask; the text alone says what is pointless now
-
-    def _world(self):
-        return {"agent": list(self.agent), "holding": self.holding,
-                "lying": {item: list(cell) for item, cell in self.lying.items()},
-                "in_bowl": [food for food in self.foods if food in self.in_bowl], "chops": dict(self.chops)}
-
-    def _set_world(self, world):
-        kitchen, items = self._kitchen, {*self.foods, "bowl"}
-        agent = tuple(world["agent"])
-        holding, in_bowl, chops = world["holding"], list(world["in_bowl"]), dict(world["chops"])
-        lying = {item: tuple(cell) for item, cell in world["lying"].items()}
-        placed = [*lying, *in_bowl, *([] if holding is None else [holding])]
-        _require(agent in kitchen.floor, "the agent stands at {}, which is no floor", agent)
-        _require(len(placed) == len(items) and set(placed) == items,
-                 "each of {} must be in one place: held, lying or in the bowl", ", ".join((*self.foods, "bowl")))
-        _require("bowl" not in in_bowl, "the bowl is in itself")
-        _require(set(lying.values()) <= kitchen.counters - {kitchen.delivery} and len(set(lying.values())) == len(lying),
-                 "things must lie on counter cells, one on each")
-        _require(chops.keys() == set(self.foods) and all(type(n) is int and 0 <= n <= CHOPS for n in chops.values()),
-                 "chops must be 0 to {} for each food", CHOPS)
-        _require(not any(chops[food] < CHOPS for food in in_bowl), "an unchopped food is in the bowl")
-        self.agent, self.holding, self.lying, self.in_bowl, self.chops = agent, holding, lying, in_bowl, chops
+    def _place(self, item):
+        """Say in one word where an item is."""
+        if item == self.holding:
+            return "hand"
+        if item in self.in_bowl:
+            return "bowl"
+        return self.kitchen.board_at.get(self.lying[item], "counter")
 
 
-# ---------------------------------------------------------------------------------------------------------- VirtualHome
-KITCHEN, BATHROOM, BEDROOM, LIVING_ROOM = ROOMS = ("kitchen", "bathroom", "bedroom", "living room")
+# -----------------------------------------------------------------------------
+# VirtualHome: its tables. In them, h is the VirtualHome.
+
+ROOMS = KITCHEN, BATHROOM, BEDROOM, LIVING_ROOM = "kitchen", "bathroom", "bedroom", "living room"
 HANDS = 2
 
 
-class Thing(NamedTuple):
-    room: str  # where it stands at the start
-    can: str   # be "carry"-ied; "shut" (a container, shut at the start); "switch" (off at the start); "support" things; "seat"
-
-
-# What each kind of task is played with. A thing is named by its part in the task; nouns ("pancake", "microwave") are filled into
-# the names that people and language models read.
+# A thing is called by its part in the task, and stands at first in the room given here. The nouns
+# that people and language models read, such as "pancake", are filled in later: see Chore.
 OBJECTS = {
-    "food-preparation": {"food": Thing(KITCHEN, "carry"), "appliance": Thing(KITCHEN, "shut")},
-    "entertainment": {"chips": Thing(KITCHEN, "carry"), "milk": Thing(KITCHEN, "carry"), "tv": Thing(LIVING_ROOM, "switch"),
-                      "sofa": Thing(LIVING_ROOM, "seat"), "coffee table": Thing(LIVING_ROOM, "support")},
+    "food-preparation": {"food": KITCHEN, "appliance": KITCHEN},
+    "entertainment": {"chips": KITCHEN, "milk": KITCHEN, "tv": LIVING_ROOM,
+                      "sofa": LIVING_ROOM, "coffee table": LIVING_ROOM},
 }
+CONTAINERS = {"appliance"}  # shut at first
 
 GOALS = {  # published
     "food-preparation": lambda h: (
         h.room == KITCHEN and h.placed.get("food") == "appliance" and "appliance" not in h.open),
-    "entertainment": lambda h: (
-        h.sitting and "tv" in h.on and all(x in h.near or h.placed.get(x) == "coffee table" for x in ("chips", "milk"))),
+    "entertainment": lambda h: h.sitting and "tv" in h.on and all(
+        thing in h.near or h.placed.get(thing) == "coffee table" for thing in ("chips", "milk")),
 }
 
 
-class Action(NamedTuple):
-    name: str
-    effect: Callable      # effect(home): does nothing where its precondition fails
-    admissible: Callable  # admissible(home) -> bool: the published mask, narrower than the preconditions here, wider there
-
+# The published mask: each function says when an action is advised, with the same things as the
+# action has. In some points this is narrower than the preconditions, in others it is wider.
 
 def _stuck(h):
-    """Published: close to a TV that is off, empty-handed, nothing at all is admissible. Any action may still be sent."""
+    """Close to a TV that is off and with empty hands, no action at all is advised."""
     return "tv" in h.near and "tv" not in h.on and not h.held
 
 
-def _room_action(room):
-    return Action(f"walk to the {room}", lambda h: h.walk_to_room(room), lambda h: h.room != room and not _stuck(h))
+def _leave(h, room):
+    """Whatever the agent holds and is close to, unless it is stuck."""
+    return h.room != room and not _stuck(h)
 
 
-def _living_room_walk(name, thing):
-    """Published: towards what is not close, unless seated, or at the coffee table with nothing to put there."""
-    return Action(name, lambda h: h.walk_to(thing), lambda h: (
-        h.room == LIVING_ROOM and thing not in h.near and not h.sitting and not _stuck(h)
-        and ("coffee table" not in h.near or len(h.held) > 0)))
+def _approach(h, thing):
+    """Also towards the food in hand, which does nothing."""
+    return h.room == KITCHEN and (thing not in h.near or thing in h.held)
 
 
-def _kitchen_walk(thing, other):
-    """Published, a slip by the look of it: empty-handed, what counts is that the OTHER thing is still there."""
-    return Action(f"walk to the {thing}", lambda h: h.walk_to(thing), lambda h: (
-        h.room == KITCHEN and thing not in h.near and (thing if h.held else other) in h.seen))
+def _grab_to_heat(h, food):
+    """Not while close to the appliance as well."""
+    return food in h.near - h.held and "appliance" not in h.near
 
 
-def _kitchen_grab(thing):
-    return Action(f"grab the {thing}", lambda h: h.grab(thing), lambda h: (
-        h.room == KITCHEN and thing in h.near and thing not in h.held))
+def _put_in(h, food, appliance):
+    """Whether the appliance is open or not."""
+    return food in h.held and appliance in h.near
 
 
-def _put_on_table(thing, other):
-    """Published: advised while the other thing is not on the table yet (the second one is to stay in hand)."""
-    return Action(f"put the {thing} on the coffee table", lambda h: h.put(thing, "coffee table"), lambda h: (
-        thing in h.held and "coffee table" in h.near and h.placed.get(other) != "coffee table"))
+def _is_near(h, thing):
+    """Opening what is open and shutting what is shut are both advised."""
+    return thing in h.near
 
 
-_WALK_TO_ROOMS = [_room_action(room) for room in (LIVING_ROOM, KITCHEN, BATHROOM, BEDROOM)]
+def _approach_snack(h, snack):
+    """With empty hands, the OTHER snack has to be in sight: a slip, by the look of it."""
+    wanted = snack if h.held else OTHER_SNACK[snack]
+    return h.room == KITCHEN and snack not in h.near and wanted in h.seen
 
+
+def _grab_snack(h, snack):
+    """In the kitchen alone: nothing is taken off the coffee table again."""
+    return h.room == KITCHEN and snack in h.near - h.held
+
+
+def _put_on(h, snack, table):
+    """One snack on the table is enough: the other one is to stay in hand."""
+    return snack in h.held and table in h.near and h.placed.get(OTHER_SNACK[snack]) != table
+
+
+def _approach_furniture(h, thing):
+    """Not while sitting, nor away from the coffee table with nothing to put there."""
+    done_here = "coffee table" in h.near and not h.held
+    away = h.room == LIVING_ROOM and thing not in h.near
+    return away and not h.sitting and not done_here and not _stuck(h)
+
+
+def _switch(h, tv):
+    """Turning off is advised while the TV is off, as turning on is."""
+    return tv in h.near and tv not in h.on and len(h.held) == 1
+
+
+def _sit_or_stand(h, sofa):
+    """Standing up is advised before sitting and not after, as sitting is."""
+    return sofa in h.near and "tv" in h.on and not h.sitting
+
+
+OTHER_SNACK = {"chips": "milk", "milk": "chips"}
+
+# A row is the name of an action, its effect (a method of VirtualHome), when the mask admits it
+# (a function above), and the things or the room for which both are called.
+ROOM_WALKS = [
+    (f"walk to the {room}", "walk_to_room", _leave, room)
+    for room in (LIVING_ROOM, KITCHEN, BATHROOM, BEDROOM)
+]
 ACTIONS = {
     "food-preparation": [
-        *_WALK_TO_ROOMS,
-        Action("walk to the {food}", lambda h: h.walk_to("food"),
-               lambda h: h.room == KITCHEN and ("food" in h.held or "food" not in h.near)),
-        Action("walk to the {appliance}", lambda h: h.walk_to("appliance"),
-               lambda h: h.room == KITCHEN and "appliance" not in h.near),
-        Action("grab the {food}", lambda h: h.grab("food"),
-               lambda h: "food" in h.near and "food" not in h.held and "appliance" not in h.near),
-        Action("put the {food} in the {appliance}", lambda h: h.put("food", "appliance"),
-               lambda h: "food" in h.held and "appliance" in h.near),
-        Action("open the {appliance}", lambda h: h.open_it("appliance"), lambda h: "appliance" in h.near),
-        Action("close the {appliance}", lambda h: h.close_it("appliance"), lambda h: "appliance" in h.near),
+        *ROOM_WALKS,
+        ("walk to the {food}", "walk_to", _approach, "food"),
+        ("walk to the {appliance}", "walk_to", _approach, "appliance"),
+        ("grab the {food}", "grab", _grab_to_heat, "food"),
+        ("put the {food} in the {appliance}", "put", _put_in, "food", "appliance"),
+        ("open the {appliance}", "open_up", _is_near, "appliance"),
+        ("close the {appliance}", "shut", _is_near, "appliance"),
     ],
     "entertainment": [
-        *_WALK_TO_ROOMS,
-        _kitchen_walk("chips", "milk"),
-        _kitchen_walk("milk", "chips"),
-        _living_room_walk("walk to the coffee table", "coffee table"),
-        _living_room_walk("walk to the TV", "tv"),
-        _living_room_walk("walk to the sofa", "sofa"),
-        _kitchen_grab("chips"),
-        _kitchen_grab("milk"),
-        _put_on_table("chips", "milk"),
-        _put_on_table("milk", "chips"),
-        Action("turn on the TV", lambda h: h.switch("tv", True),
-               lambda h: "tv" in h.near and "tv" not in h.on and len(h.held) == 1),
-        Action("turn off the TV", lambda h: h.switch("tv", False),  # published: advised while the TV is off, like "turn on"
-               lambda h: "tv" in h.near and "tv" not in h.on and len(h.held) == 1),
-        Action("sit on the sofa", lambda h: h.sit("sofa"), lambda h: "sofa" in h.near and "tv" in h.on and not h.sitting),
-        Action("stand up from the sofa", lambda h: h.stand(),  # published: advised before sitting, not after
-               lambda h: "sofa" in h.near and "tv" in h.on and not h.sitting),
+        *ROOM_WALKS,
+        ("walk to the chips", "walk_to", _approach_snack, "chips"),
+        ("walk to the milk", "walk_to", _approach_snack, "milk"),
+        ("walk to the coffee table", "walk_to", _approach_furniture, "coffee table"),
+        ("walk to the TV", "walk_to", _approach_furniture, "tv"),
+        ("walk to the sofa", "walk_to", _approach_furniture, "sofa"),
+        ("grab the chips", "grab", _grab_snack, "chips"),
+        ("grab the milk", "grab", _grab_snack, "milk"),
+        ("put the chips on the coffee table", "put", _put_on, "chips", "coffee table"),
+        ("put the milk on the coffee table", "put", _put_on, "milk", "coffee table"),
+        ("turn on the TV", "turn_on", _switch, "tv"),
+        ("turn off the TV", "turn_off", _switch, "tv"),
+        ("sit on the sofa", "sit", _sit_or_stand, "sofa"),
+        ("stand up from the sofa", "stand", _sit_or_stand, "sofa"),
     ],
 }
 
-# The observation: a feature's name (nouns are filled in without their spaces) and what makes it 1. A thing's own features are
-# made by these three; is_face_tv and is_sit_sofa are one fact (published).
-def _see_close(noun, thing):
-    return [(f"see_{noun}", lambda h: thing in h.seen), (f"close_to_{noun}", lambda h: thing in h.near and thing in h.seen)]
-
-
-def _hold(noun, thing):
-    return f"hold_{noun}", lambda h: thing in h.held
-
-
-def _placed(name, thing):
-    return name, lambda h: thing in h.placed and thing in h.seen
-
-
-_IN_ROOMS = [(f"in_{room.replace(' ', '')}", lambda h, room=room: h.room == room) for room in ROOMS]
-
+# The observation. A row is the name of a feature, a fact (see VirtualHome._features) and the thing
+# or the room of which it is asked. Nouns are filled into the names without their spaces.
+ROOM_FEATURES = [(f"in_{room.replace(' ', '')}", "in", room) for room in ROOMS]
 FEATURES = {
     "food-preparation": [
-        *_IN_ROOMS,
-        *_see_close("{food}", "food"), _hold("{food}", "food"),
-        *_see_close("{appliance}", "appliance"),
-        ("is_{appliance}_open", lambda h: "appliance" in h.open and "appliance" in h.seen),
-        _placed("{food}_in_{appliance}", "food"),
+        *ROOM_FEATURES,
+        ("see_{food}", "see", "food"), ("close_to_{food}", "close", "food"),
+        ("hold_{food}", "hold", "food"),
+        ("see_{appliance}", "see", "appliance"), ("close_to_{appliance}", "close", "appliance"),
+        ("is_{appliance}_open", "open", "appliance"),
+        ("{food}_in_{appliance}", "placed", "food"),
     ],
     "entertainment": [
-        *_IN_ROOMS,
-        *_see_close("chips", "chips"), _hold("chips", "chips"), _placed("chips_on_coffeetable", "chips"),
-        *_see_close("milk", "milk"), _hold("milk", "milk"), _placed("milk_on_coffeetable", "milk"),
-        *_see_close("tv", "tv"), ("is_face_tv", lambda h: h.sitting), ("is_tv_on", lambda h: "tv" in h.on and "tv" in h.seen),
-        *_see_close("sofa", "sofa"), ("is_sit_sofa", lambda h: h.sitting),
-        *_see_close("coffeetable", "coffee table"),
+        *ROOM_FEATURES,
+        ("see_chips", "see", "chips"), ("close_to_chips", "close", "chips"),
+        ("hold_chips", "hold", "chips"), ("chips_on_coffeetable", "placed", "chips"),
+        ("see_milk", "see", "milk"), ("close_to_milk", "close", "milk"),
+        ("hold_milk", "hold", "milk"), ("milk_on_coffeetable", "placed", "milk"),
+        ("see_tv", "see", "tv"), ("close_to_tv", "close", "tv"),
+        # Published: to face the TV and to sit on the sofa are the same fact.
+        ("is_face_tv", "sit", "sofa"), ("is_tv_on", "on", "tv"),
+        ("see_sofa", "see", "sofa"), ("close_to_sofa", "close", "sofa"),
+        ("is_sit_sofa", "sit", "sofa"), ("see_coffeetable", "see", "coffee table"),
+        ("close_to_coffeetable", "close", "coffee table"),
     ],
 }
 
 
 class Chore(NamedTuple):
-    kind: str      # the key of OBJECTS, ACTIONS, FEATURES and GOALS
-    shortest: int  # steps of the shortest solution (tests/test_envs.py finds them again by search)
-    nouns: dict = {}
+    """A task in the home."""
+
+    kind: str       # a key of OBJECTS, GOALS, ACTIONS and FEATURES
+    shortest: int   # steps of the shortest solution, which the tests find again by search
+    nouns: dict     # {part: noun} for the {parts} in the names of actions and features
+
+
+def _prepare(food, appliance):
+    return Chore("food-preparation", 6, {"food": food, "appliance": appliance})
 
 
 HOME_TASKS = {
-    "food-preparation": Chore("food-preparation", 6, {"food": "pancake", "appliance": "microwave"}),
-    "entertainment": Chore("entertainment", 11),
-    # The paper's unseen tasks (its generalisation study): the same dynamics under other nouns, for testing without training.
-    **{task: Chore("food-preparation", 6, {"food": food, "appliance": appliance}) for task, food, appliance in (
-        ("cheese", "cheese", "microwave"), ("hamburger", "hamburger", "microwave"), ("apple-pie", "apple pie", "microwave"),
-        ("pizza", "pizza", "microwave"), ("washing-plate", "dishes", "dishwasher"), ("laundry", "clothes", "washing machine"))},
+    "food-preparation": _prepare("pancake", "microwave"),
+    "entertainment": Chore("entertainment", 11, {}),
+    # The unseen tasks of the paper's generalisation study: the same dynamics with other nouns.
+    "cheese": _prepare("cheese", "microwave"),
+    "hamburger": _prepare("hamburger", "microwave"),
+    "apple-pie": _prepare("apple pie", "microwave"),
+    "pizza": _prepare("pizza", "microwave"),
+    "washing-plate": _prepare("dishes", "dishwasher"),
+    "laundry": _prepare("clothes", "washing machine"),
 }
 
 
+# -----------------------------------------------------------------------------
+# VirtualHome: the class.
+
 class VirtualHome(_Env):
-    """Four rooms, two hands, one goal: warm up something to eat, or settle down before the TV with chips and milk.
+    """A home of four rooms and an agent with two hands: heat a meal, or settle down before the TV.
 
-    ACTIONS (the table ACTIONS[kind]: name, effect, published admissibility)
-        walk to a room       close to what is held, and to nothing else
-        walk to a thing      close to it, to what is held, to what it lies on or in, and to what is inside it
-        grab                 close to it and a hand free
-        put X in/on Y        holding X, close to Y, and Y open if it is a container; X stays close
-        open / close         close to it, shut and a hand free / close to it and open
-        turn on / off        close to it and a hand free
-        sit / stand up       close to the sofa / seated
-      What is not seen cannot be acted on; walking to what is held, or walking while seated, does nothing. An action whose
-      precondition fails costs its step and does nothing: an inadmissible action is no error.
-      Our choice, where no recording exists: standing up leaves the agent close to the sofa, able to walk again. The mask does
-      not advise it while seated, so a policy that keeps to the mask and sits down too early has lost the episode.
+    The agent starts in the kitchen, with empty hands and close to nothing.
 
-    OBSERVATION (float32 of 0 and 1; the table FEATURES[kind])
-        Seen is what is held, and what is in the agent's room and not in a closed container.
+    ACTIONS are the table ACTIONS[kind]: name, effect, and when the published mask admits it. What
+    is not seen cannot be acted on. An action whose precondition fails costs its step and does
+    nothing. The preconditions are
 
-    REWARD 1 at the goal, else 0; gamma 0.95 (published), one step an action.
+        walk to a room      not sitting
+        walk to a thing     not sitting, and it is not held
+        grab                close to it, and a hand is free
+        put X in or on Y    X is held, close to Y, and Y is open if it is a container
+        open                close to it, it is shut, and a hand is free
+        close               close to it
+        turn on, turn off   close to it, and a hand is free
+        sit                 close to it
+        stand up            none
 
-    TERMINATION at the goal (the table GOALS). TRUNCATION after 50 steps (published).
+    Our choice, because no recording shows it: standing up leaves the agent close to the sofa and
+    able to walk again. The mask does not advise it to one who sits, so a policy that keeps to the
+    mask and sits down too early has lost the episode.
 
-    TASKS a key of TASKS["virtualhome"]. Every task but entertainment is of the kind food-preparation and takes the options
-        food= and appliance=: any nouns.
+    OBSERVATION: the table FEATURES[kind], each 0 or 1. Seen is what is held, and what is in the
+    agent's room and not in a shut container.
 
-    NAMED STATE (info["state"]); a thing is named by its part: "food", "appliance"; "chips", "milk", "tv", "sofa", "coffee table"
-        environment, task: the kind; nouns: {"food": "pancake", "appliance": "microwave"}, or {} for entertainment
-        room      one of ROOMS                              sitting  bool
-        visible   seen and not held      close  close to, seen and not held       holding  held
-        open      open containers in view                   on       switched-on things in view
-        placed    {thing in view: what it was put in or on}
+    REWARD: 1 at the goal and 0 before. An action is one step, and gamma is 0.95 (published).
+
+    TERMINATION at the goal, the table GOALS. TRUNCATION after 50 steps (published).
+
+    TASKS are the keys of HOME_TASKS. All but entertainment are of the kind food-preparation.
+
+    OPTIONS food= and appliance= put any nouns in the place of those of a food-preparation task.
+    mask=False makes every action admissible at all times, to see what is learned without the
+    published mask. The published PPO baseline had the mask, as TWOSOME had, but its gamma was 0.99.
+
+    NAMED STATE, info["state"]. Things are called by their parts, the keys of OBJECTS[kind].
+
+        environment, task    the latter is the kind
+        nouns       {"food": "pancake", "appliance": "microwave"}, or {} for entertainment
+        room        one of ROOMS                  sitting    True or False
+        holding     what is held                  visible    what is seen and not held
+        close       the visible things to which the agent is close
+        open, on    the visible things that are open, and those that are switched on
+        placed      {visible thing: what it was put in or on}
     """
 
     name = "virtualhome"
 
-    def __init__(self, task="food-preparation", food=None, appliance=None, gamma=0.95, max_steps=50):
+    def __init__(self, task="food-preparation", food=None, appliance=None, gamma=0.95,
+                 max_steps=50, mask=True):
+        """Build the home of a task; see OPTIONS. EnvError: a name or a value is wrong."""
         chore = HOME_TASKS[_known("virtualhome task", task, HOME_TASKS)]
-        self.kind, self.nouns = chore.kind, dict(chore.nouns)
-        for part, noun in (("food", food), ("appliance", appliance)):
-            if noun is None:
-                continue
-            if part not in self.nouns:
-                raise OptionError(f"the task {task} has no {part}; it takes the options gamma and max_steps")
-            if not isinstance(noun, str) or not noun.isprintable() or noun.split() != noun.split(" "):
-                raise OptionError(f"{part} must be a noun, its words divided by single spaces, got {noun!r}")
-            self.nouns[part] = noun
-        self.action_names = [action.name.format_map(self.nouns) for action in ACTIONS[self.kind]]
-        if len(set(self.action_names)) < len(self.action_names):
-            raise OptionError(f"food and appliance must be two nouns and no rooms, got {' and '.join(self.nouns.values())}")
+        _require(isinstance(mask, bool), "mask", mask, "True or False")
+        self.kind = chore.kind
+        self.mask = mask
+        self.nouns = self._chosen_nouns(chore, food, appliance)
+        names = [name.format_map(self.nouns) for name, *_ in ACTIONS[self.kind]]
         joined = {part: noun.replace(" ", "") for part, noun in self.nouns.items()}
-        self.feature_names = [name.format_map(joined) for name, _ in FEATURES[self.kind]]
-        self._setup(task, gamma, max_steps, [1] * len(self.feature_names))
-        # The only reward is 1 at the goal, so the shortest solution is the best one, whatever gamma is.
-        self.best_return = self.gamma ** (chore.shortest - 1) if max_steps >= chore.shortest else 0.0
+        features = [name.format_map(joined) for name, _, _ in FEATURES[self.kind]]
+        super().__init__(task, gamma, max_steps, names, dict.fromkeys(features, 1))
+        # The only reward is that of the goal, so the shortest solution is the best for any gamma.
+        reachable = max_steps >= chore.shortest
+        self.best_return = self.gamma ** (chore.shortest - 1) if reachable else 0.0
 
-    # The world: room; near, held, open, on (sets of things; what is held is near); placed {thing: what it was put in or on};
-    # sitting. seen follows from them and is kept up to date for the tables above. (near: gymnasium.Env has a method close.)
+    def _chosen_nouns(self, chore, food, appliance):
+        """Return the task's {part: noun} with the given nouns in place of its own."""
+        given = {"food": food, "appliance": appliance}
+        given = {part: noun for part, noun in given.items() if noun is not None}
+        for part, noun in given.items():
+            if part not in chore.nouns:
+                raise EnvError(f"the task {chore.kind} has no {part}; leave out {part}=")
+            right = isinstance(noun, str) and noun.isprintable() and noun.split(" ") == noun.split()
+            _require(right, part, noun, "a noun, its words divided by single spaces")
+        nouns = chore.nouns | given
+        # Equal names would make two actions or two features one.
+        names = [name.replace(" ", "") for name in (*ROOMS, *nouns.values())]
+        if len(set(names)) < len(names):
+            wrong = " and ".join(nouns.values())
+            raise EnvError(f"food and appliance must be two nouns and no rooms, got {wrong}")
+        return nouns
+
+    # The world. These attributes may be read, to draw it. (What the agent is close to is called
+    # `near`, because gymnasium.Env has a method `close`.)
+
     def _start(self):
-        self.room, self.sitting, self.placed = KITCHEN, False, {}
-        self.near, self.held, self.open, self.on = set(), set(), set(), set()
+        self._set_world({"room": KITCHEN, "sitting": False, "placed": {},
+                         "near": [], "held": [], "open": [], "on": []})
+
+    def _world(self):
+        return {"room": self.room, "sitting": self.sitting, "placed": dict(self.placed),
+                "near": sorted(self.near), "held": sorted(self.held),
+                "open": sorted(self.open), "on": sorted(self.on)}
+
+    def _set_world(self, world):
+        self.room = world["room"]
+        self.sitting = world["sitting"]
+        self.placed = dict(world["placed"])     # {thing: what it was put in or on}
+        self.near = set(world["near"])          # close to these, and all that is held is here too
+        self.held = set(world["held"])
+        self.open = set(world["open"])          # containers
+        self.on = set(world["on"])              # devices
         self._look()
 
     def _look(self):
+        """Bring `seen` up to date: it follows from the rest of the world."""
         self.seen = {thing for thing in OBJECTS[self.kind] if self._is_seen(thing)}
 
     def _is_seen(self, thing):
-        things, place = OBJECTS[self.kind], self.placed.get(thing)
-        if thing in self.held:
-            return True
-        if place and things[place].can == "shut" and place not in self.open:
-            return False
-        return things[place or thing].room == self.room
+        place = self.placed.get(thing, thing)
+        hidden = place != thing and self._is_shut(place)
+        in_room = OBJECTS[self.kind][place] == self.room
+        return thing in self.held or (in_room and not hidden)
 
-    def _act(self, index):
-        ACTIONS[self.kind][index].effect(self)
-        self._look()
-        done = GOALS[self.kind](self)
-        return float(done), 1, done
+    def _is_shut(self, thing):
+        return thing in CONTAINERS and thing not in self.open
+
+    def _is_at(self, thing):
+        return thing in self.near and thing in self.seen
 
     def _hand_free(self):
         return len(self.held) < HANDS
 
-    def _at(self, thing):
-        return thing in self.near and thing in self.seen
+    # Effects. The class's docstring lists their preconditions.
 
-    # ---- effects, each beside its precondition
+    def _act(self, index):
+        _, effect, _, *things = ACTIONS[self.kind][index]
+        getattr(self, effect)(*things)
+        self._look()
+        done = GOALS[self.kind](self)
+        return float(done), 1, done
+
     def walk_to_room(self, room):
+        """Go to a room and be close to nothing but what is held."""
         if not self.sitting:
-            self.room, self.near = room, set(self.held)
+            self.room = room
+            self.near = set(self.held)
 
     def walk_to(self, thing):
-        if thing in self.seen and thing not in self.held and not self.sitting:
-            below = {self.placed[thing]} if thing in self.placed else set()
-            inside = {x for x, place in self.placed.items() if place == thing and OBJECTS[self.kind][thing].can == "shut"}
-            self.near = {thing} | self.held | below | inside
+        """Be close to a thing, to what is held, to what it lies in or on, and to what is in it."""
+        if thing not in self.seen or thing in self.held or self.sitting:
+            return
+        self.near = {thing} | self.held
+        if thing in self.placed:
+            self.near.add(self.placed[thing])
+        if thing in CONTAINERS:
+            self.near |= {inner for inner, place in self.placed.items() if place == thing}
 
     def grab(self, thing):
-        if self._at(thing) and self._hand_free():
+        """Take a thing."""
+        if self._is_at(thing) and self._hand_free():
             self.held.add(thing)
             self.placed.pop(thing, None)
 
     def put(self, thing, place):
-        shut = OBJECTS[self.kind][place].can == "shut" and place not in self.open
-        if thing in self.held and self._at(place) and not shut:
+        """Put a thing in or on another one, and stay close to both."""
+        if thing in self.held and self._is_at(place) and not self._is_shut(place):
             self.held.remove(thing)
             self.placed[thing] = place
 
-    def open_it(self, thing):
-        if self._at(thing) and thing not in self.open and self._hand_free():
+    def open_up(self, thing):
+        """Open a container."""
+        if self._is_at(thing) and self._hand_free():
             self.open.add(thing)
 
-    def close_it(self, thing):
-        if self._at(thing):
+    def shut(self, thing):
+        """Shut a container, with full hands too (published)."""
+        if self._is_at(thing):
             self.open.discard(thing)
 
-    def switch(self, thing, on):
-        if self._at(thing) and self._hand_free():
-            (self.on.add if on else self.on.discard)(thing)
+    def turn_on(self, thing):
+        """Switch a device on."""
+        if self._is_at(thing) and self._hand_free():
+            self.on.add(thing)
+
+    def turn_off(self, thing):
+        """Switch a device off."""
+        if self._is_at(thing) and self._hand_free():
+            self.on.discard(thing)
 
     def sit(self, thing):
-        if self._at(thing):
+        """Sit down on a seat."""
+        if self._is_at(thing):
             self.sitting = True
 
-    def stand(self):
+    def stand(self, _):
+        """Stand up, wherever the agent sits."""
         self.sitting = False
 
-    # ---- what is seen of it
-    def _features(self):
-        return [holds(self) for _, holds in FEATURES[self.kind]]
-
-    def _named_state(self):
-        in_view = [thing for thing in OBJECTS[self.kind] if thing in self.seen]
-        loose = [thing for thing in in_view if thing not in self.held]
-        return {"environment": self.name, "task": self.kind, "nouns": dict(self.nouns), "room": self.room,
-                "visible": loose, "close": [thing for thing in loose if thing in self.near],
-                "holding": [thing for thing in in_view if thing in self.held],
-                "open": [thing for thing in loose if thing in self.open], "on": [thing for thing in loose if thing in self.on],
-                "placed": {thing: self.placed[thing] for thing in loose if thing in self.placed}, "sitting": self.sitting}
+    # What is seen of it.
 
     def _admissible(self):
-        return [index for index, action in enumerate(ACTIONS[self.kind]) if action.admissible(self)]
+        if not self.mask:
+            return super()._admissible()
+        table = enumerate(ACTIONS[self.kind])
+        return [index for index, (_, _, advised, *things) in table if advised(self, *things)]
 
-    def _world(self):
-        return {"room": self.room, "near": sorted(self.near), "held": sorted(self.held), "placed": dict(self.placed),
-                "open": sorted(self.open), "on": sorted(self.on), "sitting": self.sitting}
+    def _features(self):
+        # {fact: the things, or the room, of which it holds}
+        facts = {"in": {self.room}, "see": self.seen, "close": self.seen & self.near,
+                 "hold": self.held, "open": self.seen & self.open, "on": self.seen & self.on,
+                 "placed": self.seen & self.placed.keys(),
+                 "sit": {"sofa"} if self.sitting else set()}
+        return [thing in facts[fact] for _, fact, thing in FEATURES[self.kind]]
 
-    def _set_world(self, world):
+    def _named_state(self):
         things = OBJECTS[self.kind]
-        able = lambda *abilities: {thing for thing, (_, can) in things.items() if can in abilities}
-        near, held, opened, on = (set(world[key]) for key in ("near", "held", "open", "on"))
-        placed = dict(world["placed"])
-        _require(world["room"] in ROOMS, "room {!r} is none of {}", world["room"], ", ".join(ROOMS))
-        _require(near <= things.keys() and held <= near, "near must hold things of this task, and all that is held")
-        _require(held <= able("carry") and len(held) <= HANDS, "held must be at most {} things that can be carried", HANDS)
-        _require(opened <= able("shut") and on <= able("switch"), "only a container is open, only a device is on")
-        _require(placed.keys() <= able("carry") - held and set(placed.values()) <= able("shut", "support"),
-                 "only what can be carried and is not held was put somewhere")
-        _require(isinstance(world["sitting"], bool), "sitting must be true or false")
-        _require(not world["sitting"] or near & able("seat"), "to sit, the agent must be near the sofa")
-        self.room, self.sitting, self.placed = world["room"], world["sitting"], placed
-        self.near, self.held, self.open, self.on = near, held, opened, on
-        self._look()
+        visible = [thing for thing in things if thing in self.seen - self.held]
+        placed = {thing: self.placed[thing] for thing in visible if thing in self.placed}
+        return {"environment": self.name, "task": self.kind, "nouns": dict(self.nouns),
+                "room": self.room, "visible": visible,
+                "close": [thing for thing in visible if thing in self.near],
+                "holding": [thing for thing in things if thing in self.held],
+                "open": [thing for thing in visible if thing in self.open],
+                "on": [thing for thing in visible if thing in self.on],
+                "placed": placed, "sitting": self.sitting}
 
 
-# ----------------------------------------------------------------------------------------------------------------- make
+# -----------------------------------------------------------------------------
+# The way in.
+
 ENVIRONMENTS = {"overcooked": Overcooked, "virtualhome": VirtualHome}
-TASKS = {"overcooked": tuple(OVERCOOKED_TASKS), "virtualhome": tuple(HOME_TASKS)}  # the first one is the default
+# The first task of each is its default.
+TASKS = {"overcooked": tuple(OVERCOOKED_TASKS), "virtualhome": tuple(HOME_TASKS)}
 
 
 def make(name, task=None, **options):
-    """The environment of that name. task: one of TASKS[name] (None: the first). options: gamma, max_steps, and for the home
-    food and appliance. Raises UnknownNameError or OptionError."""
+    """Build an environment: `name` is a key of TASKS, and `task` is one of TASKS[name].
+
+    Without a task it is the first one. Both environments take the options gamma= and max_steps=;
+    Overcooked also takes view= and chop_reward=, VirtualHome takes food=, appliance= and mask=.
+    EnvError: a name is unknown, or an option's value is wrong.
+    """
     environment = ENVIRONMENTS[_known("environment", name, ENVIRONMENTS)]
-    accepted = [option for option in inspect.signature(environment.__init__).parameters if option not in ("self", "task")]
+    accepted = list(inspect.signature(environment).parameters)
+    accepted.remove("task")
     for option in options:
         _known(f"{name} option", option, accepted)
     return environment(TASKS[name][0] if task is None else task, **options)
 
 
 if gymnasium:
-    for _id, _class in (("twosome/Overcooked-v0", Overcooked), ("twosome/VirtualHome-v0", VirtualHome)):
-        if _id not in gymnasium.registry:
-            gymnasium.register(id=_id, entry_point=_class)
+    for _name, _class in (("Overcooked", Overcooked), ("VirtualHome", VirtualHome)):
+        if f"twosome/{_name}-v0" not in gymnasium.registry:
+            gymnasium.register(id=f"twosome/{_name}-v0", entry_point=_class)
