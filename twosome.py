@@ -1,492 +1,456 @@
-"""TWOSOME: an LLM acts in a text-described world, and PPO aligns it with that world.
+"""TWOSOME: an LLM acts in a world told in words, and PPO aligns it with that world.
 
-Paper: Tan et al., "True Knowledge Comes from Practice: Aligning LLMs with Embodied Environments via Reinforcement
-Learning", ICLR 2024 (arXiv 2401.14151). Each concept is one module that can be copied alone:
+    Tan et al., "True Knowledge Comes from Practice: Aligning LLMs with Embodied Environments via
+    Reinforcement Learning", ICLR 2024, arXiv 2401.14151
 
-  paper                                              here
-  4.1  an action's probability from its phrase       scoring.py: score_actions_naive (the definition), score_actions (fast)
-  4.2  action prompt normalisation                   scoring.py: normalize
-  4.3  actor (LoRA) and critic on one frozen LLM     Agent; PPO itself in ppo.py
-  4.4  prompt design                                 prompts.py
-  5    Overcooked and the VirtualHome-style home     envs.py
+    section  what                                           where
+    4.1      the probability of an action, equation 2       tokenize, score_actions_naive
+             the same, each distinct token once             score_actions (engine/trie.py)
+    4.2      token and word normalisation, equations 3, 4   normalize
+    4.3      actor and critic on one frozen LLM             Agent
+             PPO with macro-actions                         ppo.py; the training loop is train
+    4.4      prompts                                        prompts.py
+    5        Overcooked and VirtualHome                     envs.py
 
-  python twosome.py --env overcooked                               # learn the tomato salad, about a minute on two cores
-  python twosome.py --env overcooked --task tomato-lettuce-salad
-  python twosome.py --help                                         # every setting, with its default
+    python twosome.py --env overcooked                      learn the tomato salad
+    python twosome.py --env overcooked --model smollm2      the same with a real LLM
+    python twosome.py --eval runs/tomato-salad-seed1        evaluate a run
+    python twosome.py --help
+
+Read this file from top to bottom; sections 4.1 and 4.2 can be copied together with engine/trie.py
+alone. Nothing in engine/ changes a result: it makes the same results fast, safe and distributed.
+
+Our deliberate differences: the phrase is scored together with the space before it; the critic's
+last layer starts at zero; the LoRA weights are float32 whatever the base is in. Those of the
+training are in ppo.py.
 """
-import argparse
 import contextlib
 import dataclasses
 import functools
-import os
 import random
 import sys
-import time
 
 import numpy as np
-import peft
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 import envs
-import models
-import ppo
-import prompts as prompting
-import runs
-from scoring import NORMALIZATIONS, ScoringError, build_tree, encode, plain, score_actions, token_report, tokenize
+import prompts as prompt_design
+from engine import command, models, processes, runs, trie, watch, worlds
+from engine.trainer import Trainer
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Section 4.3: actor and critic on one frozen LLM
+# -----------------------------------------------------------------------------
+# Section 4.1: the probability of an action is the joint probability of its phrase's tokens.
+# Axes: B prompts, A admissible actions, T tokens of the longest phrase, S tokens, V vocabulary.
 
-def describe(info):
-    """The text of an observation: (prompt, admissible phrases), hashable, from an environment's info.
 
-    Anyone's environment works if info carries "prompt" (str) and "actions" (the admissible actions' phrases, list[str]); with
-    "admissible" as well, phrase k stands for action info["admissible"][k], else for action k. Our two environments carry their
-    named "state" instead, and prompts.py renders it.
+def encode(tokenizer, texts):
+    """Return the token ids of each text, behind the tokenizer's own opening tokens (BOS).
+
+    A text is only text: "</s>" in it is four characters and no control token. A closing token
+    (EOS) is left out, because the phrase goes on where the prompt stops.
     """
-    if "prompt" in info:
-        return info["prompt"], tuple(info["actions"])
-    prompt, phrases = prompting.render(info["state"])
-    return prompt, tuple(phrases[k] for k in info["admissible"]) or tuple(phrases)
+    opening = tokenizer("")["input_ids"]
+    if opening and opening[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id:
+        opening = opening[:-1]
+    rows = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    control = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    for text, row in zip(texts, rows, strict=True):
+        if control.intersection(row):
+            raise trie.ScoringError(f"{text[:60]!r} holds a control token of this tokenizer")
+    return [opening + row for row in rows]
+
+
+@functools.lru_cache(maxsize=16_384)  # a prompt that is met again is not cut into tokens again
+def tokenize(tokenizer, prompt, phrases):
+    """Cut a prompt and its phrases (a tuple) into tokens: (prompt_ids, tails, seams).
+
+    Encode prompt + " " + phrase as one text, as the LLM would meet it, and cut it where the
+    prompt's own tokens end: the space belongs to the phrase's first token. tails[k] holds the
+    ids of phrase k behind prompt_ids. Some tokenizers merge a phrase with the prompt's end. Then
+    the cut moves left for all phrases, so that all have one common past, and seams[k] counts the
+    tokens of tails[k] that are still the prompt's own; it is 0 otherwise.
+    """
+    check_text(prompt, phrases)
+    alone, *joint = encode(tokenizer, [prompt, *(f"{prompt} {phrase}" for phrase in phrases)])
+    kept = [common_length(alone, ids) for ids in joint]
+    cut = min(kept)
+    tails = tuple(tuple(ids[cut:]) for ids in joint)
+    seams = tuple(length - cut for length in kept)
+    if not cut:
+        raise trie.ScoringError(f"the prompt {prompt[:60]!r} leaves no token to condition on")
+    for k, tail in enumerate(tails):
+        if len(tail) == seams[k]:
+            raise trie.ScoringError(f"the phrase {phrases[k]!r} has no tokens of its own")
+        if tail in tails[:k]:
+            raise trie.ScoringError(f"the phrases {phrases[tails.index(tail)]!r} and {phrases[k]!r}"
+                                    " have the same tokens; actions need phrases that differ")
+    return tuple(alone[:cut]), tails, seams
+
+
+def check_text(prompt, phrases):
+    """Raise ScoringError for a prompt or phrases that no tokenizer should see."""
+    if not phrases:
+        raise trie.ScoringError("there are no actions to score; give at least one phrase")
+    for text in (prompt, *phrases):
+        if not isinstance(text, str):
+            raise trie.ScoringError(f"{text!r:.60} is no text; prompts and phrases are of type str")
+        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise trie.ScoringError(f"{text[:60]!r} holds half a surrogate pair, no character")
+    if prompt != prompt.rstrip():
+        raise trie.ScoringError(f"the prompt ends in {prompt[-1:]!r}; the one space between prompt"
+                                " and phrase belongs to the phrase and is put there")
+    for phrase in phrases:
+        if not phrase or phrase != phrase.strip():
+            raise trie.ScoringError(f"the phrase {phrase!r:.60} is empty or has a stray space")
+
+
+def common_length(a, b):
+    """Return the number of tokens with which both sequences begin."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
+def score_actions_naive(model, tokenizer, prompts, phrases, normalization="word"):
+    """The definition, equation 2: log P(a_k | d) = sum_i log P_LM(w_i | d, w_1 ... w_{i-1}).
+
+    The LLM reads one full sequence for each action. `model` and `tokenizer` are a causal LM's;
+    `prompts` is list[str] [B]; `phrases` is list[list[str]], the admissible actions of each.
+    Returns a list [B] of log pi [A] in nats, float32. Raises trie.ScoringError.
+    """
+    policies = []
+    for prompt, actions in zip(prompts, phrases, strict=True):
+        prompt_ids, tails, seams = tokenize(tokenizer, prompt, tuple(actions))
+        rows = []
+        for tail in tails:
+            ids = torch.tensor([prompt_ids + tail], device=model.device)  # [1, S]
+            logits = model(input_ids=ids, use_cache=False).logits[0]  # [S, V]
+            # The logits at position i predict the token at position i + 1.
+            log_probs = logits.float().log_softmax(-1)[len(prompt_ids) - 1:-1]  # [T, V]
+            rows.append(log_probs.gather(1, ids[0, len(prompt_ids):, None])[:, 0])  # [T]
+        log_probs = pad_sequence(rows, batch_first=True)  # [A, T]
+        policies.append(policy(log_probs, tails, seams, actions, normalization))
+    return policies
+
+
+def score_actions(model, tokenizer, prompts, phrases, normalization="word"):
+    """What runs: the values and gradients of score_actions_naive, each distinct token once."""
+    if isinstance(prompts, str) or any(isinstance(actions, str) for actions in phrases):
+        raise trie.ScoringError("prompts is a list of texts and phrases is a list of lists of texts"
+                                "; one of them is a bare text here")
+    if len(prompts) != len(phrases):
+        raise trie.ScoringError(f"there are {len(prompts)} prompts, but {len(phrases)} lists of"
+                                " phrases; give one list for each prompt")
+    cut = [tokenize(tokenizer, prompt, tuple(actions))
+           for prompt, actions in zip(prompts, phrases, strict=True)]
+    items = [(prompt_ids, tails) for prompt_ids, tails, _ in cut]
+    policies = []
+    for log_probs, (_, tails, seams), actions in zip(
+            trie.token_log_probs(model, items), cut, phrases, strict=True):
+        policies.append(policy(log_probs, tails, seams, actions, normalization))
+    return policies
+
+
+# -----------------------------------------------------------------------------
+# Section 4.2: action prompt normalisation.
+
+NORMALIZATIONS = ("sum", "token", "word")  # the paper proposes the last two; sum is without any
+
+
+def policy(token_log_probs, tails, seams, phrases, normalization):
+    """Return log pi [A] from the log-probability of each phrase's tokens [A, T], 0 behind its end.
+
+    Where a phrase merged with the prompt's end, the others begin with `seams` tokens of the
+    prompt. These count, or the events would not share one past; but they are nobody's length, or
+    the odds of two actions would depend on a third.
+    """
+    columns = torch.arange(token_log_probs.shape[1], device=token_log_probs.device)
+    of_prompt = columns < torch.tensor(seams, device=columns.device)[:, None]  # [A, T]
+    seam = (token_log_probs * of_prompt).sum(-1)  # [A]
+    joint = (token_log_probs * ~of_prompt).sum(-1)  # [A] log P(a_k | d), equation 2
+    tokens = [len(tail) - length for tail, length in zip(tails, seams, strict=True)]
+    words = [len(phrase.split()) for phrase in phrases]
+    return normalize(joint, tokens, words, normalization, seam)
+
+
+def normalize(joint, token_counts, word_counts, normalization="word", seam=0.0):
+    """Return log pi(a_k | d), float32 [A], from the joint log-probabilities log P(a_k | d) [A].
+
+        token, equation 3:  pi(a_k | d) = softmax over k of  log P(a_k | d) / N_k
+        word, equation 4:   pi(a_k | d) = softmax over k of  log P(a_k | d) / W_k
+
+    N_k counts the phrase's tokens and W_k its words. "sum" (or "none") divides by nothing. Word
+    normalisation is the paper's choice: it does not favour short phrases, and it does not reward
+    a word for being cut into many tokens, most of which are near certain.
+    """
+    lengths = {"sum": None, "none": None, "token": token_counts, "word": word_counts}
+    if normalization not in lengths:
+        raise trie.ScoringError(f"unknown normalisation {normalization!r}; choose sum, token, word")
+    logits = joint
+    if lengths[normalization]:
+        logits = joint / joint.new_tensor(lengths[normalization])
+    return (logits + seam).log_softmax(-1)
+
+
+# -----------------------------------------------------------------------------
+# Section 4.3: actor and critic on one frozen LLM.
+
+
+def observation_text(info):
+    """Return the text of an observation: (prompt, phrases of the admissible actions).
+
+    Our own environments carry their named state, which prompts.py renders (section 4.4). Anyone
+    else's carry info["prompt"] and info["actions"]. With info["admissible"] as well, phrase k
+    stands for the action info["admissible"][k], otherwise for the action k. Raises ScoringError.
+    """
+    if "prompt" not in info and "state" in info:
+        prompt, phrases = prompt_design.render(info["state"])
+        return prompt, tuple(phrases[k] for k in info["admissible"]) or tuple(phrases)
+    for name in ("prompt", "actions"):
+        if name not in info:
+            raise trie.ScoringError(f'the environment\'s info lacks "{name}"; it must hold the'
+                                    ' observation as info["prompt"], a text, and the phrases of'
+                                    ' the admissible actions as info["actions"], a list of texts')
+    actions, admissible = info["actions"], info.get("admissible")
+    if isinstance(actions, (str, bytes)):
+        raise trie.ScoringError('info["actions"] is one bare text; it must be a list of texts')
+    actions = tuple(actions)
+    check_text(info["prompt"], actions)
+    if admissible is not None and len(admissible) not in (0, len(actions)):
+        raise trie.ScoringError(f'info["actions"] has {len(actions)} phrases, but info'
+                                f'["admissible"] has {len(admissible)} actions; phrase k stands'
+                                " for the action admissible[k], so give as many")
+    return info["prompt"], actions
 
 
 class Agent:
-    """Actor: frozen LLM + LoRA. Critic: the same LLM with the adapter off, then an MLP on the prompt's last hidden state.
+    """Actor: frozen LLM + LoRA. Critic: the same frozen LLM, adapter off, and an MLP on top.
 
-    model, tokenizer: a causal LM and its tokenizer (models.load); normalization: section 4.2. LoRA rank 8, alpha 16, dropout 0 on
-    the q and v projections: published scripts. It has the methods ppo.py asks of an agent; an item is (prompt, phrases).
+    model, tokenizer: a causal LM and its tokenizer (models.load); normalization: section 4.2.
+    LoRA of rank 8, alpha 16, no dropout, on the q and v projections: published scripts. It has
+    the methods that ppo.py asks of an agent; an item is (prompt, phrases).
     """
-    FEATURE_BYTES = 64 * 2 ** 20  # our choice: bound on the remembered features; what was asked for longest ago goes first
 
-    def __init__(self, model, tokenizer, normalization="word", lora_rank=8, lora_alpha=16, lora_targets=None):
+    FEATURE_BYTES = 64 * 2**20  # our choice: keep at most so much, drop what is not asked for
+
+    def __init__(self, model, tokenizer, normalization="word", lora_rank=8, lora_alpha=16,
+                 lora_targets=None):
+        """Put a fresh adapter and a fresh critic on the model, which must not carry one yet."""
         self.model = models.add_lora(model, lora_rank, lora_alpha, lora_targets)
-        self.tokenizer, self.normalization = tokenizer, normalization
-        self._scores, self._features = {}, {}  # item -> log pi, while the policy stands; prompt -> [H], for good
-        hidden = self._hidden(["a"]).shape[1]  # asked of the model itself: some project the embedding to another width
-        # Hidden -> 1024 -> 512 -> 1, ReLU, no biases: published scripts. The last layer starts at zero (our choice): a random
-        # value is noise in the first advantages, and under a sparse reward noise is all there is.
+        self.tokenizer = tokenizer
+        self.normalization = normalization
+        self.scores = {}  # item -> log pi, while the policy stands still
+        hidden = self.last_hidden("a").numel()
+        # The base never changes, so a prompt's feature is remembered for good.
+        self.feature = functools.lru_cache(self.FEATURE_BYTES // (4 * hidden))(self.last_hidden)
+        # H -> 1024 -> 512 -> 1, ReLU, no biases: published scripts.
         self.critic = torch.nn.Sequential(
-            torch.nn.Linear(hidden, 1024, bias=False), torch.nn.ReLU(), torch.nn.Linear(1024, 512, bias=False), torch.nn.ReLU(),
-            torch.nn.Linear(512, 1, bias=False)).to(model.device)
+            torch.nn.Linear(hidden, 1024, bias=False), torch.nn.ReLU(),
+            torch.nn.Linear(1024, 512, bias=False), torch.nn.ReLU(),
+            torch.nn.Linear(512, 1, bias=False)).to(self.model.device)
+        # Our choice: the last layer starts at zero. A random value is noise in the first
+        # advantages, and under a sparse reward there is nothing but noise.
         torch.nn.init.zeros_(self.critic[-1].weight)
 
-    def encode(self, obs, info):
-        """What the rollout buffer keeps of an observation: its text. Its tokens are remembered by `tokenize`."""
-        return describe(info)
+    def describe(self, obs, info):
+        """Return the item of an observation: its prompt and the phrases of its actions."""
+        return observation_text(info)
 
     def log_probs(self, items):
-        """log pi(. | d) over each item's phrases, a list of float32 [A]. Without gradients, scores are remembered while the policy stands."""
+        """Return log pi(. | d) over each item's phrases: a list of float32 [A].
+
+        Without gradients, remember the scores for as long as the policy stands still.
+        """
         if torch.is_grad_enabled():
-            return score_actions(self.model, self.tokenizer, *zip(*items), self.normalization)
-        new = [item for item in dict.fromkeys(items) if item not in self._scores]
+            return self.score(items)
+        new = [item for item in dict.fromkeys(items) if item not in self.scores]
         if new:
-            self._scores.update(zip(new, score_actions(self.model, self.tokenizer, *zip(*new), self.normalization)))
-        return [self._scores[item] for item in items]
+            self.scores.update(zip(new, self.score(new), strict=True))
+        return [self.scores[item] for item in items]
+
+    def score(self, items):
+        """Score the items with the adapter as it is: a list of float32 [A]."""
+        prompts, phrases = zip(*items, strict=True)
+        return score_actions(self.model, self.tokenizer, prompts, phrases, self.normalization)
 
     def policy_changed(self):
-        """Forget the remembered scores: the adapter has changed."""
-        self._scores.clear()
+        """Forget the remembered scores."""
+        self.scores.clear()
 
     @contextlib.contextmanager
     def untrained(self):
-        """Within it, the policy is the prompted LLM's own: the adapter is off."""
+        """Within it, the adapter is off: the policy is the prompted LLM's own."""
         self.policy_changed()
         with self.model.disable_adapter():
             yield self
         self.policy_changed()
 
     @torch.no_grad()
-    def _hidden(self, texts):
-        """Final hidden state, after the final norm, of the LAST REAL TOKEN of each text, adapter off: float32 [B, H]."""
-        ids = encode(self.tokenizer, list(texts))
-        longest = max(map(len, ids))
-        padded = torch.tensor([row + [0] * (longest - len(row)) for row in ids], device=self.model.device)
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids], device=self.model.device)
-        with self.model.disable_adapter():
-            hidden = plain(self.model).base_model(input_ids=padded, attention_mask=mask, use_cache=False).last_hidden_state
-        return hidden[torch.arange(len(ids)), mask.sum(1) - 1].float()  # never [:, -1]: that would be a pad
+    def last_hidden(self, prompt):
+        """Return what the critic reads of a prompt: float32 [H].
 
-    def features(self, texts):
-        """The critic's input for each prompt, [B, H] float32; computed once a distinct prompt, for the base never changes."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._features]
-        for part in (new[start:start + 64] for start in range(0, len(new), 64)):  # our choice; a whole rollout's at once could fill the memory
-            self._features.update(zip(part, self._hidden(part)))
-        for text in dict.fromkeys(texts):
-            self._features[text] = self._features.pop(text)  # to the end, so that several processes forget alike
-        result = torch.stack([self._features[text] for text in texts])
-        while len(self._features) * result[0].nbytes > self.FEATURE_BYTES:
-            self._features.pop(next(iter(self._features)))
-        return result
+        It is the hidden state of the prompt's last token, after the final norm, with the adapter
+        off. Each prompt goes through the LLM alone: so there is no padding to mistake for its
+        end, and the bits do not depend on what else is in a batch.
+        """
+        ids = torch.tensor(encode(self.tokenizer, [prompt]), device=self.model.device)  # [1, S]
+        with self.model.disable_adapter():
+            output = models.text_model(self.model)(input_ids=ids, use_cache=False)
+        return output.last_hidden_state[0, -1].float()
+
+    def features(self, prompts):
+        """Return the critic's input for each prompt: float32 [B, H]."""
+        return torch.stack([self.feature(prompt) for prompt in prompts])
 
     def values(self, items):
-        """V(d) of each item, float32 [B]; gradients reach the MLP alone."""
-        place = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in items))}  # equal prompts, equal values
-        return self.critic(self.features(list(place)))[[place[prompt] for prompt, _ in items], 0]
+        """Return V(d) of each item: float32 [B]. Gradients reach the MLP alone."""
+        return self.critic(self.features([prompt for prompt, _ in items]))[:, 0]
 
-    def known(self, items):
-        """What is remembered of these items, for other processes: {item: (feature [H], log pi [A])}, NumPy arrays, of items that have both."""
-        return {item: (self._features[item[0]].cpu().numpy(), self._scores[item].cpu().numpy())
-                for item in items if item in self._scores and item[0] in self._features}
-
-    def learn(self, known):
-        """Remember what some process knows of items."""
-        for item, pair in known.items():
-            self._features.pop(item[0], None)
-            self._features[item[0]], self._scores[item] = (torch.from_numpy(array).to(self.model.device) for array in pair)
-
-    def preflight(self, items, samples=32):
-        """What training on these items will take, `samples` a backward pass: (dict, printable text); see models.preflight."""
-        trees = [build_tree([tokenize(self.tokenizer, *item)]) for item in dict.fromkeys(items)]
-        return models.preflight(self.model, trees, samples, [self.critic])
+    def tree(self, item):
+        """Return the trie of one item's tokens, from which its cost can be told."""
+        return trie.build_tree([tokenize(self.tokenizer, *item)[:2]])
 
     def policy_parameters(self):
-        """The LoRA weights, and nothing else: the base is frozen."""
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        """Return the LoRA weights: the base is frozen."""
+        return [weight for weight in self.model.parameters() if weight.requires_grad]
 
     def value_parameters(self):
-        """The critic's MLP."""
+        """Return the weights of the critic's MLP."""
         return list(self.critic.parameters())
 
-    def save(self, folder):
-        """Write adapter (in peft's format), critic and remembered features into a checkpoint's folder; returns state.json's share."""
-        # Written here, not by peft's save_pretrained: that asks a model hub about the vocabulary, and a full disk is no OSError there.
-        self.model.peft_config["default"].save_pretrained(folder)
-        runs.write_tensors(os.path.join(folder, "adapter_model.safetensors"), self._adapter())
-        runs.write_tensors(os.path.join(folder, "critic.safetensors"), self.critic.state_dict())
-        # The features could be computed again, but their last bits depend on which prompts were computed together.
-        runs.write_tensors(os.path.join(folder, "features.safetensors"), {"features": self._remembered()})
-        return {"base": self._fingerprint, "prompts": list(self._features)}
 
-    def load(self, folder, saved):
-        """Continue from what save() wrote into `folder` and returned; raises runs.RunError where that was another agent's."""
-        if saved["base"] != self._fingerprint:
-            raise runs.RunError("it was trained on another base model, or on another version of it")
-        own, theirs = self.model.peft_config["default"], runs.read_json(os.path.join(folder, "adapter_config.json"))
-        if (own.r, own.lora_alpha, set(own.target_modules)) != (theirs["r"], theirs["lora_alpha"], set(theirs["target_modules"])):
-            raise runs.RunError("adapter_config.json describes another adapter than the run's settings")
-        prompts = saved["prompts"]
-        if not all(isinstance(prompt, str) for prompt in prompts) or len(set(prompts)) != len(prompts):
-            raise runs.RunError("state.json's prompts are not a list of different texts")
-        like = self._remembered().new_empty(len(prompts), self.critic[0].in_features)
-        adapter = runs.read_tensors(os.path.join(folder, "adapter_model.safetensors"), self._adapter())
-        critic = runs.read_tensors(os.path.join(folder, "critic.safetensors"), self.critic.state_dict())
-        features = runs.read_tensors(os.path.join(folder, "features.safetensors"), {"features": like})["features"]
-        peft.set_peft_model_state_dict(self.model, adapter)
-        self.critic.load_state_dict(critic)
-        self._features = dict(zip(prompts, features.to(self.model.device)))
-        self.policy_changed()
-
-    def _adapter(self):
-        return peft.get_peft_model_state_dict(self.model, save_embedding_layers=False)
-
-    def _remembered(self):
-        width = self.critic[0].in_features
-        return torch.stack(list(self._features.values())) if self._features else torch.empty(0, width, device=self.model.device)
-
-    @functools.cached_property
-    def _fingerprint(self):
-        """What the frozen base is known by: the adapter stands aside."""
-        return runs.fingerprint((name, tensor) for name, tensor in self.model.named_parameters() if "lora_" not in name)
+# -----------------------------------------------------------------------------
+# Training (section 4.3).
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings. A preset gives each field its value; a flag on the command line wins over the preset.
-
-@dataclasses.dataclass
-class Config(ppo.Config):
-    """One run: what is learnt, by which model, with which PPO settings (ppo.Config's fields are flags as well)."""
-    env: str = ppo.option("overcooked", "environment: overcooked or virtualhome")
-    task: str = ppo.option("", "task of the environment; empty: its first (tomato-salad, food-preparation)")
-    norm: str = ppo.option("word", "action prompt normalisation, section 4.2: sum, token or word")
-    model: str = ppo.option("pocket_lm", "a folder or hub name of any causal LM; pocket_lm is the one in this repository")
-    seed: int = ppo.option(1, "seed of everything random")
-    out: str = ppo.option("", "folder of the run; empty: the next free runs/TASK-seedN")
-    lora_rank: int = ppo.option(8, "rank of the LoRA matrices")
-    lora_alpha: int = ppo.option(16, "LoRA's scale is alpha / rank")
-    lora_targets: str = ppo.option("", "comma-separated layers to adapt, or all-linear; empty: the q and v projections")
-    dtype: str = ppo.option("auto", "number format of the frozen weights: auto, float32, bfloat16 or float16")
-    device: str = ppo.option("auto", "auto, cuda, mps or cpu")
-    load_in: str = ppo.option("", "8bit or 4bit: quantise the frozen weights through bitsandbytes; empty: not")
-    checkpoint_every: int = ppo.option(5, "updates between two checkpoints")
-
-    def validate(self):
-        """Raise ppo.ConfigError, in one line, for a setting that cannot work."""
-        super().validate()
-        for name, choices in (("norm", NORMALIZATIONS), ("dtype", models.DTYPES), ("load_in", ("", "8bit", "4bit"))):
-            if getattr(self, name) not in choices:
-                raise ppo.ConfigError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(filter(None, choices))}")
-        for name, low, high in (("lora_rank", 1, 4096), ("lora_alpha", 1, 10 ** 6), ("checkpoint_every", 1, 10 ** 9), ("seed", 0, 2 ** 32 - 1)):
-            if not low <= getattr(self, name) <= high:
-                raise ppo.ConfigError(f"{name} is {str(getattr(self, name))[:20]}; it must lie between {low} and {high}")
+def seed_everything(seed, threads=None):
+    """Seed every generator, and use so many threads (None: leave them). Call it first of all."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    if threads:
+        torch.set_num_threads(threads)
 
 
-def preset(name, env, task):
-    """The values a preset gives to Config's fields for a task, a dict. Raises ppo.ConfigError for a name it does not know."""
-    home = env == "virtualhome"
-    if name == "pocket":  # our choice, tuned for pocket_lm on seeds 101 and up, never on the seeds reported
-        steps = {"tomato-salad": 12_800, "food-preparation": 10_240}.get(task, 10_240 if home and task != "entertainment" else 30_720)
-        return dict(steps=steps, num_envs=8, rollout_steps=32, epochs=2, minibatch=64, gradient_accumulation=1, policy_lr=2e-3,
-                    critic_lr=1e-3, entropy=0.005, gamma=0.95 if home else 0.99)
-    if name == "hub":  # our choice, reasoned and NOT measured: the published scripts' batches, at a LoRA rate usual for 1 to 8 billion parameters
-        return dict(steps=50_000, num_envs=4, rollout_steps=32, epochs=1, minibatch=32, gradient_accumulation=8, policy_lr=1e-4,
-                    critic_lr=1e-4, entropy=0.01, gamma=0.95 if home else 0.99)
-    if name == "paper":  # published scripts, to the number, for the four published tasks; the others borrow (our choice). LoRA was in half precision there: in float32 these rates learn far slower
-        steps = {"food-preparation": 50_000, "entertainment": 200_000}.get(task, 200_000) if home else 500_000
-        return dict(steps=steps, num_envs=4, rollout_steps=32, epochs=1, minibatch=32, gradient_accumulation=8, clip=0.2, entropy=0.01,
-                    policy_lr=1e-6 if home else 5e-7, critic_lr=5e-5 if home else 1e-5, gamma=0.95 if home else 0.99, gae_lambda=0.95,
-                    value_coefficient=0.5, max_grad_norm=0.5, target_kl=0.02, norm="word", lora_rank=8, lora_alpha=16)
-    raise ppo.ConfigError(f"unknown preset {name!r}; choose one of pocket, hub, paper")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The command line
-
-EVALUATION_SEED = 1_000_000  # fixed, and far from every training seed
-ERRORS = (ppo.ConfigError, envs.EnvError, models.ModelError, ScoringError, prompting.StateError, runs.RunError)  # bad input: exit code 2
-
-
-def model_path(name):
-    """The folder or hub name to load; pocket_lm lies beside this file, wherever the command is given."""
-    return os.path.join(os.path.dirname(os.path.abspath(__file__)), name) if name == "pocket_lm" else name
+def make_world(config):
+    """Return the maker of the environments that a command.Config names."""
+    if ":" in config.env:
+        return worlds.make_world(config.env, command.env_args(config))
+    return functools.partial(
+        envs.make, config.env, task=config.task, gamma=config.gamma, **command.env_args(config))
 
 
 def build(config):
-    """The agent and the environments' maker that a Config describes: (agent, make_env)."""
-    make_env = lambda: envs.make(config.env, task=config.task or None, gamma=config.gamma)
+    """Return (agent, make_env) of a command.Config, with everything seeded."""
+    make_env = make_world(config)
     make_env()  # a wrong name is found before a model is loaded
-    for seed in (random.seed, np.random.seed, torch.manual_seed):  # nothing here draws from the first two; an environment of yours may
-        seed(config.seed)
-    model, tokenizer = models.load(model_path(config.model), config.dtype, config.device, config.load_in)
-    if model.device.type == "cpu" and model.num_parameters() < 2e7 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # small matrices: a second thread gives little, and a run must not depend on the number of cores
-    return Agent(model, tokenizer, config.norm, config.lora_rank, config.lora_alpha, config.lora_targets), make_env
+    seed_everything(config.seed)
+    model, tokenizer = models.load(config.model, config.dtype, config.device, config.load_in)
+    command.settle_threads(model)
+    agent = Agent(model, tokenizer, config.norm, config.lora_rank, config.lora_alpha,
+                  config.lora_targets)
+    return agent, make_env
 
 
-def summarize(result):
-    """Means and 95 % intervals of ppo.evaluate's arrays: normal for the return, Wilson's for the success rate."""
-    n, z, mean, rate = len(result["returns"]), 1.96, result["returns"].mean(), result["successes"].mean()
-    half = z * result["returns"].std(ddof=1) / n ** 0.5 if n > 1 else float("nan")
-    centre, spread = rate + z * z / (2 * n), z * (rate * (1 - rate) / n + z * z / (4 * n * n)) ** 0.5
-    wilson = [max((centre - spread) / (1 + z * z / n), 0.0), min((centre + spread) / (1 + z * z / n), 1.0)]  # rounding may leave [0, 1]
-    return {"episodes": n, "return": mean, "return_interval": [mean - half, mean + half], "success": rate, "success_interval": wilson}
+def load(folder, which="last", env=""):
+    """Return (agent, make_env) of a run's checkpoint. A world of your own is named again in env."""
+    config = command.config_of(folder, {"env": env} if env else {})
+    agent, make_env = build(config)
+    runs.load_agent(folder, agent, which)
+    return agent, make_env
 
 
-def some_states(env, agent, steps=200):
-    """What a random walk of `steps` actions meets, encoded: the states that the preflight looks at."""
-    rng, (obs, info), items = np.random.default_rng(0), env.reset(seed=0), []
-    for _ in range(steps):
-        items.append(agent.encode(obs, info))
-        obs, _, done, cut, info = ppo.act(env, info, int(rng.integers(len(items[-1][1]))))
-        if done or cut:
-            obs, info = env.reset()
-    return items
-
-
-def train(config, run, agent, make_env, which="last", episodes=100):
-    """Train in `run`'s folder from where it stands (its checkpoint `which`) to the end, evaluate, leave the files of a finished run."""
-    from tqdm import tqdm
-    start = time.perf_counter()
-    trainer = ppo.PPO(make_env, agent, config, config.seed)
-    for turn in (0, 1) if run.resumed else ():  # the first process puts newer checkpoints aside, then the others read
-        if turn == min(trainer.rank, 1):
-            run.restore(agent, trainer, which)
-        ppo.gather(None)
-    if trainer.updates == trainer.total_updates and os.path.exists(os.path.join(run.folder, "summary.json")):
-        part()
-        print(f"{run.folder} is finished: nothing is left to do; next: python twosome.py --eval {run.folder}")
-        return 0
-    print(f"{config.env}/{config.task}, {config.norm} normalisation, seed {config.seed}{f', {trainer.world} processes' if trainer.world > 1 else ''} -> {run.folder}")
-    print(agent.preflight(some_states(make_env(), agent), config.minibatch // config.gradient_accumulation)[1])
-    total = trainer.total_updates * config.num_envs * config.rollout_steps
-    with tqdm(total=total, initial=trainer.steps, unit="step", dynamic_ncols=True, disable=trainer.rank > 0) as bar, runs.Signals(quiet=trainer.rank > 0) as signals:
+def train(config, run, agent, make_env, which="last"):
+    """Train in a run's folder, from where it stands to the end. Returns the exit code."""
+    trainer = Trainer(make_env, agent, config, config.seed)
+    if run.resumed:
+        processes.first_then_others(lambda: run.restore(agent, trainer, which))
+    report = watch.Report(config, run, trainer, make_env)
+    report.begin(agent)
+    with report, runs.Signals(quiet=trainer.rank > 0) as signals:
         while trainer.updates < trainer.total_updates:
-            before, began = trainer.steps, time.perf_counter()
-            metrics = trainer.iterate()
-            seconds = time.perf_counter() - began
-            run.log({**metrics, "seconds": round(seconds, 3), "steps_per_second": round((trainer.steps - before) / seconds, 1)})
-            bar.update(trainer.steps - before)
-            if trainer.episodes:
-                bar.set_postfix_str(f"return {metrics['return']:.3f}, success {metrics['success']:.0%}", refresh=False)
-            stop = max(ppo.gather(signals.exit_code))  # a signal reaches several processes at different moments, or one alone: they stop together
-            if trainer.updates % config.checkpoint_every == 0 or trainer.updates == trainer.total_updates or stop:
-                run.checkpoint(agent, trainer)
+            metrics = trainer.iterate()  # rollout, advantages, update: ppo.py
+            report.log(metrics)
+            # A signal may reach one process alone, but all must stop at the same update.
+            stop = max(processes.gather(signals.exit_code))
+            done = trainer.updates == trainer.total_updates
+            if trainer.updates % config.checkpoint_every == 0 or done or stop:
+                report.checkpoint(agent)
             if stop:
-                bar.close()
-                part()
-                print(f"stopped after update {trainer.updates} of {trainer.total_updates}; go on with: python twosome.py --resume {run.folder}")
-                return stop
-    part()
-    if trainer.rank:
-        return 0  # the first process evaluates and reports
-    best = make_env().best_return
-    result = summarize(ppo.evaluate(make_env, agent, episodes, EVALUATION_SEED, config.gamma))
-    run.write("summary.json", {"env": config.env, "task": make_env().task, "model": config.model, "normalization": config.norm,
-                               "seed": config.seed, "steps": trainer.steps, "training_episodes": trainer.episodes, **result,
-                               "best_return": best, "resumed": run.resumed, "seconds": round(time.perf_counter() - start, 1)})
-    low, high = result["return_interval"]
-    print(f"final evaluation, {result['episodes']} episodes: return {result['return']:.4f} (95 % interval {low:.4f} to {high:.4f}"
-          + (f"; best possible {best:.4f})" if best is not None else ")") + f", success {result['success']:.0%}, {time.perf_counter() - start:.0f} s in all")
-    runs.plot(run.folder, best)
-    print(f"{run.folder}: metrics.csv, curve.png, summary.json, checkpoint-*; next: python twosome.py --eval {run.folder}")
+                return report.stopped(stop)
+    processes.leave()
+    return report.finish(agent)
+
+
+def evaluate(config, options, agent):
+    """Play episodes of each task, the untrained LLM's beside a run's. Returns the exit code."""
+    results = {}
+    for env, task in options.tasks or [(config.env, config.task)]:
+        gamma = command.preset("pocket", env, task).get("gamma", config.gamma)
+        played = dataclasses.replace(config, env=env, task=task, gamma=gamma)
+        make_env = make_world(played)
+        with agent.untrained():
+            measured = {"untrained": command.measure(make_env, agent, played, options.greedy)}
+        if options.folder:
+            measured["trained"] = command.measure(make_env, agent, played, options.greedy)
+        for name, result in measured.items():
+            command.say(command.evaluation_line(f"{task}, {name}", result))
+        results[f"{env}/{task}"] = measured
+    command.write_evaluation(config, options, results)
     return 0
 
 
-def evaluate(folder, tasks, episodes, config):
-    """Play episodes of tasks with the run's agent (folder) or, where folder is "", with the untrained LLM; print a table."""
-    from tqdm import tqdm
-    agent, _ = build(config)
-    if folder:
-        runs.load(folder, agent)
-    print(f"{'task' if folder else 'task (untrained LLM)':38}{'episodes':>9}  {'return (95 % interval)':27}{'success (95 % interval)':26}" + (f"{'untrained return':>17}{'success':>9}" if folder else ""))
-    for env, task in tqdm(tasks, unit="task", leave=False, disable=True if len(tasks) == 1 else None):
-        gamma = config.gamma if env == config.env else preset("pocket", env, task)["gamma"]
-        make_env = lambda: envs.make(env, task=task, gamma=gamma)
-        play = lambda: summarize(ppo.evaluate(make_env, agent, episodes, EVALUATION_SEED, gamma))
-        result = play()
-        line = f"{env + '/' + task:38}{episodes:9}  " + "{:7.4f} ({:7.4f} to {:7.4f})  ".format(result["return"], *result["return_interval"])
-        line += "{:6.1%} ({:6.1%} to {:6.1%})   ".format(result["success"], *result["success_interval"])
-        if folder:
-            with agent.untrained():
-                prior = play()
-            line += "{:17.4f}{:9.1%}".format(prior["return"], prior["success"])
-        tqdm.write(line.rstrip())
-    return 0
+# -----------------------------------------------------------------------------
+# The command.
 
 
-def tasks_named(env, task):
-    """What --env and --task mean to an evaluation, [(env, task), ...]: empty for the run's own task; "all" is every task."""
-    if task == "all":
-        return [(name, each) for name in ([env] if env else envs.TASKS) for each in envs.TASKS[envs.make(name).name]]
-    if not task:
-        return [(env, envs.make(env).task)] if env else []
-    owner = env or next((name for name, tasks in envs.TASKS.items() if task in tasks), None)
-    if owner is None:
-        raise ppo.ConfigError(f"unknown task {task!r}; choose all or one of {', '.join(each for tasks in envs.TASKS.values() for each in tasks)}")
-    return [(owner, envs.make(owner, task=task).task)]
+def token_table(agent, prompt, phrases):
+    """Return the rows of --tokens: what the tokenizer and the model make of phrases."""
+    prompt_ids, tails, seams = tokenize(agent.tokenizer, prompt, tuple(phrases))
+    with torch.no_grad():
+        log_probs, = trie.token_log_probs(agent.model, [(prompt_ids, tails)])
+        policies = [policy(log_probs, tails, seams, phrases, name) for name in NORMALIZATIONS]
+    rows = []
+    for k, phrase in enumerate(phrases):
+        pieces = agent.tokenizer.convert_ids_to_tokens(list(tails[k]))
+        chances = [log_pi[k].exp().item() for log_pi in policies]
+        rows.append((phrase, log_probs[k].sum().item(), chances, pieces))
+    return rows
 
 
-def arguments(argv):
-    """Parse the command line: (Config, modes, fields given). A typo, a wrong type or an unknown choice is a ConfigError of one line."""
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise ppo.ConfigError(message + "; python twosome.py --help lists every flag")
-
-    parser = Parser(prog="twosome.py", allow_abbrev=False, description="TWOSOME: align an LLM with an embodied environment through PPO.",
-                    epilog="In brackets: the default for pocket_lm on the tomato salad. Other tasks and presets set their own; a run's config.json holds what it used.")
-    first = ("env", "task", "norm", "model", "steps", "seed", "out")
-    for field in sorted(dataclasses.fields(Config), key=lambda field: field.name not in first):
-        parser.add_argument("--" + field.name.replace("_", "-"), type=field.type, default=None,
-                            help=f"{field.metadata['help']} ({field.default!r})".replace("%", "%%"))
-    parser.add_argument("--preset", default=None, help="pocket (tuned for pocket_lm), hub (other models; reasoned, not measured) or paper (published numbers)")
-    parser.add_argument("--resume", metavar="RUN", help="go on with an interrupted run")
-    parser.add_argument("--from", metavar="CHECKPOINT", default="last", help="with --resume: the checkpoint to go on from, such as checkpoint-40 (the newest)")
-    parser.add_argument("--eval", metavar="RUN", nargs="?", const="", help="evaluate a finished run, or without RUN the untrained model, on --task (or all)")
-    parser.add_argument("--tokens", metavar="PHRASE", nargs="+", help="show how --model splits phrases, and their log-probabilities; learn nothing")
-    parser.add_argument("--episodes", type=int, default=100, help="episodes of each evaluation, the one after training too (100)")
-    options = vars(parser.parse_args(argv))
-    modes = {name: options.pop(name) for name in ("preset", "resume", "from", "eval", "tokens", "episodes")}
-    given = {name: value for name, value in options.items() if value is not None}
-    config = Config(**given)
-    if modes["from"] != "last" and modes["resume"] is None:
-        raise ppo.ConfigError("--from names a checkpoint of the run that --resume goes on with; give both")
-    if sum(modes[name] is not None for name in ("resume", "eval", "tokens")) > 1:
-        raise ppo.ConfigError("--resume, --eval and --tokens are different commands; give one of them")
-    if modes["episodes"] < 1:
-        raise ppo.ConfigError(f"episodes is {modes['episodes']}; it must be at least 1")
-    if modes["eval"] is not None:
-        modes["tasks"] = tasks_named(given.get("env"), given.get("task"))
-        given = {name: value for name, value in given.items() if name not in ("env", "task")}
-        config = Config(**given, env=modes["tasks"][0][0]) if modes["tasks"] else config
-    task = given.get("task") or envs.make(config.env).task
-    name = modes["preset"] or ("pocket" if config.model == "pocket_lm" else "hub")
-    config = Config(**{**preset(name, config.env, task), **given, "env": config.env, "task": task})
-    if not (modes["resume"] or modes["eval"]):  # a run has its own
-        config.validate()
-    return config, modes, given
-
-
-def config_of(folder, given):
-    """The Config of a run. It keeps its own settings, but for the device: a run may have come from another machine."""
-    config = runs.fill(Config, runs.read_config(folder))
-    other = [name for name in given if name != "device"]
-    if other:
-        raise ppo.ConfigError(f"a run keeps its own settings; leave out --{', --'.join(other).replace('_', '-')}")
-    config = dataclasses.replace(config, **given)
-    config.validate()
-    return config
-
-
-def join_processes():
-    """Under torchrun or accelerate launch, meet the other processes: gradients travel by nccl between GPUs, by gloo between CPUs.
-    Returns this process's rank; only the first (0) prints and writes."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.distributed.is_initialized():
-        if (local := int(os.environ.get("LOCAL_RANK", 0))) < torch.cuda.device_count():
-            torch.cuda.set_device(local)
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    rank = ppo.processes()[0]
-    if rank:
-        sys.stdout = open(os.devnull, "w")
-    return rank
-
-
-def part():
-    """Leave the other processes. They wait for a last word of the first: one that ended earlier could cut off a message it still reads."""
-    if ppo.processes()[1] > 1:
-        with ppo.together():
-            torch.distributed.broadcast(torch.zeros(1), src=0)
-        torch.distributed.destroy_process_group()
+def dispatch(argv, gate):
+    """Do what the command line asks for. Returns the exit code."""
+    rank = processes.join()
+    gate.rank = rank
+    config, options = command.parse(argv)
+    processes.agree(config)
+    if options.compare:
+        return watch.compare(options.compare, config.out)
+    if rank and (options.tokens or options.eval is not None or options.watching):
+        return 0  # one process is enough for these
+    if options.resume is not None:
+        gate.run = None if rank else runs.Run.open(options.resume)
+    agent, make_env = build(config)  # before a folder is made: what cannot be built leaves none
+    if options.tokens:
+        return command.show_tokens(token_table(agent, options.prompt, options.tokens), options)
+    if options.folder:
+        runs.load_agent(options.folder, agent)
+    if options.eval is not None:
+        return evaluate(config, options, agent)
+    if options.watching:
+        return watch.show(config, options, agent, make_env)
+    if not gate.run and not rank:
+        gate.run = runs.Run.create(*command.new_run(config, agent))
+    folder, resumed = processes.gather(gate.run and (gate.run.folder, gate.run.resumed))[0]
+    run = gate.run or runs.Follower(folder, resumed)
+    return train(config, run, agent, make_env, options.which)
 
 
 def main(argv=None):
-    """The command. Returns the exit code: 0, 1 (the machine failed), 2 (bad input), 130 or 143 (stopped by a signal)."""
-    run, rank = None, join_processes()
-
-    def line(error, hint):
-        if run or not rank:  # bad input is the same for every process: the first one says it
-            print("twosome.py: " + " ".join(str(error).split()) + (f"; {run.hint()}" if run and hint else ""), file=sys.stderr)
-
-    try:
-        config, modes, given = arguments(argv)
-        if rank and (modes["tokens"] or modes["eval"] is not None):
-            return 0  # one process is enough for these
-        if modes["tokens"]:
-            print(token_report(*models.load(model_path(config.model), config.dtype, config.device, config.load_in), modes["tokens"]))
-            return 0
-        if modes["eval"] is not None:
-            if modes["eval"]:
-                config = config_of(modes["eval"], given)
-            return evaluate(modes["eval"], modes["tasks"] or [(config.env, config.task)], modes["episodes"], config)
-        if modes["resume"] is not None:
-            config = config_of(modes["resume"], given)
-            run = None if rank else runs.Run.open(modes["resume"])
-        agent, make_env = build(config)  # before a new folder is made: what cannot be built leaves none
-        if not run and not rank:
-            run = runs.Run.create(config.out or runs.free_name("runs", f"{config.task}-seed{config.seed}"), dataclasses.asdict(config))
-        folder, resumed = ppo.gather(run and (run.folder, run.resumed))[0]
-        run = run or runs.Follower(folder, resumed)
-        return train(config, run, agent, make_env, modes["from"], modes["episodes"])
-    except (OSError, ArithmeticError) as error:  # before ERRORS: a NonFiniteScores is both
-        line(error, hint=True)
-        return 1
-    except ERRORS as error:
-        line(error, hint=False)  # the message says all
-        return 2
-    except ppo.ProcessLost as error:
-        line(error, hint=True)
-        return 1
-    except RuntimeError as error:
-        if not ppo.out_of_memory(error):
-            raise
-        line(f"{str(error).splitlines()[0]}; use a smaller model, --dtype bfloat16 or --load-in 4bit", hint=True)
-        return 1
-    except KeyboardInterrupt:  # outside the training loop, which finishes its update first
-        line("interrupted", hint=True)
-        return 130
-    finally:
-        if run:
-            run.close()
-        if ppo.processes()[1] > 1:  # after an error: a process that leaves this to its end may abort
-            torch.distributed.destroy_process_group()
+    """Run the command: exit code 0, 1 (the machine failed), 2 (bad input) or 128 + a signal."""
+    with command.Gate() as gate:
+        gate.code = dispatch(argv, gate)
+    return gate.code
 
 
 if __name__ == "__main__":

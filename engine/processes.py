@@ -1,0 +1,108 @@
+"""Several processes. Without them, one process computes the same, only slower.
+
+torchrun and accelerate launch start them. Each steps a share of the environments and computes a
+share of every minibatch (engine/trainer.py); the first one alone writes, evaluates and prints.
+"""
+import contextlib
+import datetime
+import os
+import sys
+import threading
+
+import torch
+import torch.distributed as dist
+
+RENDEZVOUS = 60  # seconds that processes wait for each other at the start, then give up
+PATIENCE = datetime.timedelta(hours=6)  # the longest wait later: the first process evaluates alone
+
+
+class ProcessError(ValueError):
+    """The processes were started wrongly. The message is one line."""
+
+
+class ProcessLost(RuntimeError):
+    """Another process has ended or never began, so this one cannot go on."""
+
+
+def place():
+    """Return (rank, number of processes): (0, 1) where there is only one."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+@contextlib.contextmanager
+def together():
+    """Turn the failure of what needs every process into a ProcessLost."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0][:100]
+        raise ProcessLost(f"another process has ended ({reason})") from error
+
+
+def join():
+    """Meet the other processes under torchrun or accelerate launch. Returns this one's rank.
+
+    Gradients travel by nccl between GPUs and by gloo between CPUs.
+    """
+    names = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world == "1" or dist.is_initialized():
+        return place()[0]
+    if not world.isdigit() or not all(os.environ.get(name) for name in names):
+        raise ProcessError("WORLD_SIZE is set, but not as torchrun sets it together with RANK,"
+                           " MASTER_ADDR and MASTER_PORT; start with torchrun, or unset it")
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if local < torch.cuda.device_count():
+        torch.cuda.set_device(local)
+    line = f"waiting up to {RENDEZVOUS} s for {world} processes at {os.environ['MASTER_ADDR']}"
+    waiting = threading.Timer(10, print, [line], {"file": sys.stderr, "flush": True})
+    waiting.daemon = True
+    waiting.start()
+    try:
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=RENDEZVOUS))
+        dist.distributed_c10d._set_pg_timeout(PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise ProcessLost(f"the {world} processes did not meet within {RENDEZVOUS} s") from error
+    finally:
+        waiting.cancel()
+    return place()[0]
+
+
+def gather(value):
+    """Return the value of every process (any object), in the order of their ranks."""
+    values = [value] * place()[1]
+    if len(values) > 1:
+        with together():
+            dist.all_gather_object(values, value)
+    return values
+
+
+def leave():
+    """Leave the others together: one that ended early could cut off the first one's message."""
+    if place()[1] > 1:
+        with together():
+            dist.broadcast(torch.zeros(1), src=0)
+        dist.destroy_process_group()
+
+
+def abandon():
+    """Leave without a word, after an error: a process that leaves this to its end may abort."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def first_then_others(work):
+    """Have the first process do the work, and then the others."""
+    for turn in (0, 1):
+        if turn == min(place()[0], 1):
+            work()
+        gather(None)
+
+
+def agree(settings):
+    """Raise ProcessError unless every process was started with the same settings."""
+    if any(other != settings for other in gather(settings)):
+        raise ProcessError("the processes were started with different flags; give all the same")

@@ -1,0 +1,172 @@
+"""The trainer that runs. Without it: one process, no checkpoint, and one bad number ends a run.
+
+`Trainer` is ppo.PPO with a few methods overridden:
+
+    rollout            gather the rollouts of several processes into one
+    policy_gradient    take a share of a minibatch, in parts, and add up the gradients
+    step               leave out a step whose gradient is not finite, and count it
+    state_dict, load_state_dict    what a checkpoint needs for a bit-for-bit continuation
+
+With one process and gradient_accumulation 1 it computes exactly what ppo.PPO computes. Several
+processes step a share of the environments each and compute a share of the distinct items of each
+minibatch. Everything else, the critic's steps included, each of them does alike: sending the
+gradient of a small MLP takes longer than computing it.
+"""
+import dataclasses
+import sys
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import ppo
+from engine.processes import gather, place, together
+
+
+@dataclasses.dataclass
+class Config(ppo.Config):
+    """PPO's settings, and in how many parts a minibatch of the policy is computed."""
+
+    gradient_accumulation: int = 1  # parts of a policy minibatch: less memory, same result
+
+
+class Trainer(ppo.PPO):
+    """An agent in training, as ppo.PPO describes it."""
+
+    MAX_SKIPPED = 5  # our choice: steps left out in a row after which training ends
+
+    def __init__(self, make_env, agent, config, seed=0):
+        """Keep this process's share of the environments."""
+        self.rank, self.world = place()
+        if config.num_envs % self.world:
+            raise ppo.PPOError(f"num_envs {config.num_envs} cannot be split over {self.world}"
+                               f" processes; use a multiple of {self.world}")
+        super().__init__(make_env, agent, config, seed)
+        self.share = slice(self.rank * config.num_envs // self.world,
+                           (self.rank + 1) * config.num_envs // self.world)
+        self.envs, self.rngs, self.now = (
+            whole[self.share] for whole in (self.envs, self.rngs, self.now))
+        self.skipped = 0
+        self.in_a_row = {"policy": 0, "critic": 0}
+
+    @property
+    def steps(self):
+        """Macro-actions taken so far, over all environments."""
+        return self.updates * self.config.num_envs * self.config.rollout_steps
+
+    def iterate(self):
+        """Run one iteration. Its metrics count the steps that were left out, too."""
+        return {**super().iterate(), "skipped": self.skipped}
+
+    def rollout(self):
+        """Act, and join the rollouts of all processes, environments side by side."""
+        parts = gather(super().rollout())
+        joined = {}
+        for field in dataclasses.fields(ppo.Rollout)[1:]:
+            joined[field.name] = torch.cat([getattr(part, field.name) for part in parts], dim=1)
+        for name in ("rewards", "values", "next_values"):
+            if not torch.isfinite(joined[name]).all():
+                raise FloatingPointError(f"the {name} of a rollout are not finite")
+        N = len(self.envs)
+        items = []
+        for t in range(self.config.rollout_steps):
+            for part in parts:
+                items += part.items[t * N:(t + 1) * N]
+        return ppo.Rollout(items, **joined)
+
+    def policy_gradient(self, rollout, advantages, batch):
+        """Compute this process's share of a minibatch in parts, and add up over all processes."""
+        parts = [batch]
+        if self.config.gradient_accumulation * self.world > 1:
+            parts = self.parts(rollout, batch)
+        measured = {"policy_loss": 0.0, "kl": 0.0}
+        try:
+            for part in parts:
+                for name, value in super().policy_gradient(rollout, advantages, part).items():
+                    measured[name] += value
+        except FloatingPointError:
+            # The agent refused such numbers itself. Let the sum tell it to every process: then
+            # all of them leave out this step.
+            first = self.agent.policy_parameters()[0]
+            first.grad = torch.full_like(first, torch.nan)
+            measured = dict.fromkeys(measured, float("nan"))
+        return self.add_up(measured) if self.world > 1 else measured
+
+    def parts(self, rollout, batch):
+        """Split a minibatch into index tensors. Return those of this process.
+
+        Samples of equal items stay together, because the scorer computes an item once. Items are
+        sorted, because those that begin alike share what they begin with.
+        """
+        samples = {}
+        for i in batch.tolist():
+            samples.setdefault(rollout.items[i], []).append(i)
+        count = self.config.gradient_accumulation
+        groups = np.array_split(np.arange(len(samples)), self.world * count)
+        ordered = [samples[item] for item in sorted(samples, key=repr)]
+        mine = groups[self.rank * count:(self.rank + 1) * count]
+        return [torch.tensor(sum((ordered[k] for k in group), [])) for group in mine if len(group)]
+
+    def add_up(self, measured):
+        """Add up gradients and measures over all processes, in one message. Returns the sums."""
+        parameters = self.agent.policy_parameters()
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        grads = [parameter.grad for parameter in parameters]
+        sums = grads[0].new_tensor(list(measured.values()))
+        message = torch.cat([tensor.flatten() for tensor in (*grads, sums)])
+        with together():
+            dist.all_reduce(message)
+        *summed, sums = message.split([tensor.numel() for tensor in (*grads, sums)])
+        for grad, total in zip(grads, summed, strict=True):
+            grad.copy_(total.view_as(grad))
+        return dict(zip(measured, sums.tolist(), strict=True))
+
+    def step(self, optimizer):
+        """Take the step, unless the gradient is not finite: then leave it out and count it."""
+        name = "policy" if optimizer is self.policy_optimizer else "critic"
+        grads = [parameter.grad for parameter in optimizer.param_groups[0]["params"]]
+        if all(grad is None or torch.isfinite(grad).all() for grad in grads):
+            self.in_a_row[name] = 0
+            super().step(optimizer)
+            return
+        optimizer.zero_grad(set_to_none=True)
+        self.skipped += 1
+        self.in_a_row[name] += 1
+        if self.in_a_row[name] >= self.MAX_SKIPPED:
+            raise FloatingPointError(f"{self.MAX_SKIPPED} gradients of the {name} in a row were"
+                                     " not finite; none was applied; lower its learning rate")
+
+    def state_dict(self):
+        """Return everything but tensors that a checkpoint needs, as JSON values.
+
+        Every process must call it. An environment without a state_dict() is kept as None.
+        """
+        mine = []
+        for env, rng in zip(self.envs, self.rngs, strict=True):
+            world = env.state_dict() if hasattr(env, "state_dict") else None
+            mine.append([world, rng.bit_generator.state])
+        episodes = {name: np.asarray(value).tolist() for name, value in vars(self.episodes).items()}
+        return {"updates": self.updates, "skipped": self.skipped, "in_a_row": dict(self.in_a_row),
+                "episodes": episodes, "environments": sum(gather(mine), []),
+                "shuffle": self.shuffle.bit_generator.state}
+
+    def load_state_dict(self, state):
+        """Continue where state_dict() left off, with any number of processes."""
+        self.updates, self.skipped = state["updates"], state["skipped"]
+        self.in_a_row = dict(state["in_a_row"])
+        for name, value in state["episodes"].items():
+            array = isinstance(getattr(self.episodes, name), np.ndarray)
+            setattr(self.episodes, name, np.array(value) if array else value)
+        self.shuffle.bit_generator.state = state["shuffle"]
+        for n, (world, rng) in enumerate(state["environments"][self.share]):
+            self.rngs[n].bit_generator.state = rng
+            if world is not None:
+                self.envs[n].load_state_dict(world)
+                self.now[n] = self.envs[n].observe()
+        if any(world is None for world, _ in state["environments"]):
+            print("note: this world keeps no state, so the running episodes begin anew",
+                  file=sys.stderr)
+            self.episodes.returns[:] = 0.0
+            self.episodes.lengths[:] = 0.0
