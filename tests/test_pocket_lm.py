@@ -1,6 +1,8 @@
-"""pocket_lm: it loads, splits words, can be made again, and was not trained on the tasks (the overlap its card states)."""
+"""pocket_lm loads, splits words, can be made again, and was not trained on the tasks.
+
+The card states how far its text overlaps with the prompts; the overlap is checked here.
+"""
 import ast
-import importlib.util
 import json
 import random
 import re
@@ -14,18 +16,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import envs
 import prompts
+from pocket_lm import pretrain
 
-FOLDER = Path(__file__).parent.parent / "pocket_lm"
+FOLDER = Path(pretrain.__file__).parent
 CARD = (FOLDER / "README.md").read_text()
-spec = importlib.util.spec_from_file_location("pretrain", FOLDER / "pretrain.py")
-pretrain = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(pretrain)
-TASKS = [("overcooked", "tomato-salad"), ("overcooked", "tomato-lettuce-salad"), *(("virtualhome", task) for task in envs.TASKS["virtualhome"])]
+TASKS = [
+    ("overcooked", "tomato-salad"),
+    ("overcooked", "tomato-lettuce-salad"),
+    *(("virtualhome", task) for task in envs.TASKS["virtualhome"]),
+]
 
 
 @pytest.fixture(scope="module")
 def lines():
-    """The first lines of the sample that the card's figure was computed on (60,000 lines of seed 7)."""
+    """The first lines of the sample behind the card's figure (60,000 lines of seed 7)."""
     rng = random.Random(7)
     return [pretrain.line(rng) for _ in range(15000)]
 
@@ -46,77 +50,99 @@ def words(text):
 
 
 def grams(texts, count):
-    return {tuple(line[i:i + count]) for line in texts for i in range(len(line) - count + 1)}
+    return {tuple(text[i:i + count]) for text in texts for i in range(len(text) - count + 1)}
 
 
 def test_no_line_states_the_goal_of_a_task(lines, rendered):
-    """Stronger than "no line holds a rendered prompt and an action": not even a prompt's first sentence is there."""
+    """This is stronger than "no line holds a prompt": not even its first sentence is there."""
     goals = {re.match(r"You want to (.*?)\.", prompt)[1] for prompt in rendered}
     assert len(goals) == len(TASKS)
     assert not [line for line in lines if any(goal in line for goal in goals)]
 
 
 def test_things_of_one_task_never_share_a_line(lines):
+    def found(things, line):
+        return any(re.search(rf"\b{thing}", line) for thing in things)
+
     for line in lines:
         for these, those in pretrain.SEPARATED:
-            assert not (any(re.search(rf"\b{x}", line) for x in these) and any(re.search(rf"\b{x}", line) for x in those))
+            assert not (found(these, line) and found(those, line))
 
 
 def test_longest_run_of_shared_words_is_what_the_card_says(lines, rendered):
     stated = int(re.search(r"longest run .*?\*\*(\d+) words\*\*", CARD, re.S)[1])
     text = [words(line) for line in lines]
-    ours = [words(f"{prompt} {phrase}") for prompt, phrases in rendered.items() for phrase in phrases]
+    ours = [
+        words(f"{prompt} {phrase}")
+        for prompt, phrases in rendered.items()
+        for phrase in phrases
+    ]
     assert not grams(text, stated + 1) & grams(ours, stated + 1)
-    assert grams(text, stated // 2) & grams(ours, stated // 2)  # the comparison can find something
+    # Show that the comparison can find something.
+    assert grams(text, stated // 2) & grams(ours, stated // 2)
 
 
 def test_pretraining_knows_nothing_of_the_project():
-    tree = ast.parse((FOLDER / "pretrain.py").read_text())
-    imported = {name.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
-    imported |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert imported <= set(sys.stdlib_module_names) | {"torch", "tqdm", "tokenizers", "transformers"}
+    imported = set()
+    for node in ast.walk(ast.parse((FOLDER / "pretrain.py").read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            imported.add(node.module.split(".")[0])
+    assert imported - sys.stdlib_module_names == {"torch", "tqdm", "tokenizers", "transformers"}
 
 
 def test_the_card_states_the_share_of_wrong_advice():
-    assert f"{pretrain.WRONG:.0%}".replace("%", " %") in CARD
+    assert f"{100 * pretrain.WRONG:.0f} %" in CARD
 
 
 def test_it_loads_small_whole_and_plain():
     model = AutoModelForCausalLM.from_pretrained(FOLDER)
     assert model.config.model_type == "llama" and model.dtype == torch.float32
     assert f"{model.num_parameters():,}" in CARD
-    assert sum(file.stat().st_size for file in FOLDER.iterdir() if file.is_file()) < 12_000_000
-    assert not [file.name for file in FOLDER.iterdir() if file.suffix in (".bin", ".pt", ".pkl")]
+    files = [file for file in FOLDER.iterdir() if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 12_000_000
+    assert not [file.name for file in files if file.suffix in (".bin", ".pt", ".pkl")]
 
 
 def test_the_tokenizer_splits_words_and_keeps_the_seam():
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-    assert len(tokenizer.tokenize(" tomato")) > 1 and len(tokenizer.tokenize(" microwave")) > 1 and len(tokenizer.tokenize(" kitchen")) == 1
+    assert len(tokenizer.tokenize(" tomato")) > 1
+    assert len(tokenizer.tokenize(" microwave")) > 1
+    assert len(tokenizer.tokenize(" kitchen")) == 1
     prompt, phrase = "You hold nothing. Your next step is to", " take the tomato"
     whole = tokenizer(prompt + phrase)["input_ids"]
-    assert whole == tokenizer(prompt)["input_ids"] + tokenizer(phrase, add_special_tokens=False)["input_ids"]
+    tail = tokenizer(phrase, add_special_tokens=False)["input_ids"]
+    assert whole == tokenizer(prompt)["input_ids"] + tail
     assert whole[0] == tokenizer.bos_token_id and tokenizer.eos_token_id not in whole
     assert tokenizer.decode(whole[1:]) == prompt + phrase
 
 
-def test_it_knows_everyday_steps():
-    """It reads the situation: the same goal with the thing in hand asks for another step than with empty hands."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(FOLDER).eval(), AutoTokenizer.from_pretrained(FOLDER)
+@pytest.mark.parametrize("place, held, better, worse", [
+    ("closed", "nothing", "open the drawer", "put the spoon in the drawer"),
+    ("open", "the spoon", "put the spoon in the drawer", "grab the spoon"),
+])
+def test_it_knows_everyday_steps(place, held, better, worse):
+    """It reads the situation: the same goal asks for another step once the thing is in hand."""
+    model = AutoModelForCausalLM.from_pretrained(FOLDER).eval()
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+    prompt = (
+        f"You want to keep the spoon in the drawer. You are at the {place} drawer. "
+        f"You hold {held}. Your next step is to"
+    )
 
-    def score(text):
-        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    def score(phrase):
+        ids = tokenizer(f"{prompt} {phrase}", return_tensors="pt")["input_ids"]
         return -model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
 
-    for held, better, worse in (("nothing", "open the drawer", "put the spoon in the drawer"),
-                                ("the spoon", "put the spoon in the drawer", "grab the spoon")):
-        place = "open" if held == "the spoon" else "closed"
-        prompt = f"You want to keep the spoon in the drawer. You are at the {place} drawer. You hold {held}. Your next step is to"
-        assert score(f"{prompt} {better}") > score(f"{prompt} {worse}")
+    assert score(better) > score(worse)
 
 
 def test_pretraining_makes_the_same_model_again(tmp_path):
-    facts = [pretrain.main(["--tiny", "--out", str(tmp_path / name)]) for name in ("a", "b")]
+    first, second = tmp_path / "first", tmp_path / "second"
+    facts = [pretrain.main(["--tiny", "--out", str(out)]) for out in (first, second)]
     assert facts[0]["loss"] == facts[1]["loss"]
     for file in ("model.safetensors", "tokenizer.json", "config.json"):
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-    assert json.loads((tmp_path / "a" / "config.json").read_text())["model_type"] == "llama"
+        assert (first / file).read_bytes() == (second / file).read_bytes()
+    assert json.loads((first / "config.json").read_text())["model_type"] == "llama"
