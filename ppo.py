@@ -419,7 +419,9 @@ def evaluate(make_env, agent, episodes, seed, gamma, greedy=False, report=None):
     while alive:
         policies = agent.log_probs([agent.describe(*now[n]) for n in alive])
         for n, log_pi in zip(list(alive), policies, strict=True):
-            choice = int(log_pi.argmax()) if greedy else sample(log_pi, rngs[n])
+            choice = sample(log_pi, rngs[n])  # which refuses numbers that are not finite
+            if greedy:
+                choice = int(log_pi.argmax())
             obs, reward, done, cut, info = act(envs[n], now[n][1], choice)
             returns[n] += gamma ** steps[n] * reward
             steps[n] += info.get("duration", 1)
