@@ -348,7 +348,7 @@ def build(config):
     model, tokenizer = models.load(config.model, config.dtype, config.device, config.load_in)
     command.settle_threads(model)
     agent = Agent(model, tokenizer, config.norm, config.lora_rank, config.lora_alpha,
-                  config.lora_targets)
+                  config.lora_targets or None)
     return agent, make_env
 
 
