@@ -49,9 +49,9 @@ class Config(trainer.Config):
     lora_rank: int = 8  # r, rank of the LoRA matrices
     lora_alpha: int = 16  # LoRA's scale is alpha / r
     lora_targets: str = ""  # layers to adapt, or all-linear; empty: q and v
-    dtype: str = "auto"  # of the frozen weights: float32, bfloat16, float16
+    dtype: str = "auto"  # frozen weights: float32, bfloat16, float16
     device: str = "auto"  # cuda, mps or cpu
-    load_in: str = ""  # 8bit or 4bit, with bitsandbytes
+    load_in: str = ""  # 8bit or 4bit, with bitsandbytes; empty: neither
     checkpoint_every: int = 5  # updates between two checkpoints
 
 
@@ -86,17 +86,13 @@ PAPER = {"all": {"num_envs": 4, "rollout_steps": 32, "epochs": 1, "minibatch": 3
          "virtualhome": {**HOME, "steps": 50_000, "policy_lr": 1e-6, "critic_lr": 5e-5},
          "entertainment": {"steps": 200_000}}
 PRESETS = {"pocket": POCKET, "smollm2": SMOLLM2, "hub": SMOLLM2, "paper": PAPER}
+PRESETS_OF = {"pocket_lm": "pocket", "smollm2": "smollm2"}  # any other model: hub
 
 
 def preset(name, env, task):
     """Return what a preset gives to a task, {field: value}: later rows of its table win."""
     table = PRESETS[known("preset", name, PRESETS)]
     return {**table["all"], **table.get(env, {}), **table.get(task, {})}
-
-
-def default_preset(model):
-    """Return the name of the preset for a model."""
-    return {"pocket_lm": "pocket", "smollm2": "smollm2"}.get(model, "hub")
 
 
 def known(kind, name, names):
@@ -158,8 +154,8 @@ def parser():
     made = Parser(prog="twosome.py", usage="python twosome.py [FLAGS]", allow_abbrev=False,
                   description="TWOSOME: align an LLM with an embodied world through PPO.",
                   epilog="In brackets: the default. A preset sets its own for each task.",
-                  formatter_class=lambda prog: argparse.HelpFormatter(
-                      prog, max_help_position=26, width=80))
+                  add_help=False, formatter_class=lambda prog: argparse.HelpFormatter(
+                      prog, max_help_position=25, width=80))
     types = {field.name: field for field in dataclasses.fields(Config)}
     groups = {title: made.add_argument_group(title) for title in (*GROUPS, "looking")}
     for title, names in GROUPS.items():
@@ -167,20 +163,21 @@ def parser():
             default = f" ({types[name].default})" if types[name].default != "" else ""
             groups[title].add_argument("--" + name.replace("_", "-"), type=types[name].type,
                                        metavar="X", help=texts[name] + default)
-    running, looking = groups["running"], groups["looking"]
-    groups["PPO"].add_argument("--preset", metavar="X", help="pocket, smollm2, hub or paper")
-    running.add_argument("--resume", metavar="RUN", help="go on with an interrupted run")
-    running.add_argument("--from", metavar="X", dest="which", help="the checkpoint to go on from")
-    looking.add_argument("--eval", metavar="RUN", nargs="?", const="",
-                         help="evaluate on --task (or all); without RUN: untrained")
-    looking.add_argument("--greedy", action="store_true", help="take the most probable phrase")
-    looking.add_argument("--watch", metavar="RUN", nargs="?", const="",
-                         help="play an episode in the terminal")
-    looking.add_argument("--delay", type=float, metavar="X", help="seconds between two steps")
-    looking.add_argument("--gif", metavar="FILE", help="draw the episode into a file")
-    looking.add_argument("--compare", metavar="RUN", nargs="+", help="overlay runs, print a table")
-    looking.add_argument("--tokens", metavar="PHRASE", nargs="+", help="show how phrases score")
-    looking.add_argument("--prompt", metavar="X", help="the text before them")
+    running, looking = groups["running"].add_argument, groups["looking"].add_argument
+    groups["PPO"].add_argument("--preset", metavar="X",
+                               help="pocket, smollm2, hub or paper (the model's own)")
+    running("--resume", metavar="RUN", help="go on with an interrupted run")
+    running("--from", metavar="X", help="the checkpoint to go on from (the last)")
+    running("-h", "--help", action="help", help="show this page")
+    run = {"metavar": "RUN", "nargs": "?", "const": ""}
+    looking("--eval", **run, help="measure on --task (or all); no RUN: the untrained LLM")
+    looking("--watch", **run, help="play an episode in the terminal; likewise")
+    looking("--greedy", action="store_true", default=None, help="in both: no chance (sample)")
+    looking("--delay", type=float, metavar="X", help="seconds from step to step (a key steps)")
+    looking("--gif", metavar="FILE", help="with --watch: draw the episode into a file")
+    looking("--compare", metavar="RUN", nargs="+", help="overlay runs in --out (compare.png)")
+    looking("--tokens", metavar="TEXT", nargs="+", help="show how phrases score")
+    looking("--prompt", metavar="X", help="the text before them (Your next step is to)")
     return made
 
 
@@ -193,12 +190,13 @@ def parse(argv):
              if getattr(options, name) is not None]
     if len(modes) > 1:
         raise ppo.PPOError(f"--{modes[0]} and --{modes[1]} are different commands; give one")
-    for flag, needs in (("which", "resume"), ("prompt", "tokens"), ("delay", "watch"),
-                        ("gif", "watch")):
-        if getattr(options, flag) is not None and modes != [needs]:
-            name = "from" if flag == "which" else flag
-            raise ppo.PPOError(f"--{name} goes with --{needs}; give both")
-    options.which = options.which or "last"
+    for flag, *needs in (("from", "resume"), ("prompt", "tokens"), ("delay", "watch"),
+                         ("gif", "watch"), ("greedy", "eval", "watch")):
+        if getattr(options, flag) is not None and not {*modes} & {*needs}:
+            raise ppo.PPOError(f"--{flag} goes with --{' or --'.join(needs)}; give both")
+    if not 0 <= (options.delay or 0) <= 60:
+        raise ppo.PPOError(f"delay is {options.delay}; it must lie between 0 and 60 seconds")
+    options.which = getattr(options, "from") or "last"
     options.prompt = options.prompt or "Your next step is to"
     options.watching = options.watch is not None
     options.folder = options.eval or options.watch or ""
@@ -216,9 +214,9 @@ def new_config(given, options):
     if options.tasks:
         given = {**given, "env": options.tasks[0][0], "task": options.tasks[0][1]}
     env, task = placed(given.get("env"), given.get("task"))
-    name = options.preset or default_preset(given.get("model", "pocket_lm"))
+    name = options.preset or PRESETS_OF.get(given.get("model", "pocket_lm"), "hub")
     config = Config(**{**preset(name, env, task), **given, "env": env, "task": task})
-    if os.path.exists(config.model):  # a run must find it again from another folder
+    if os.path.exists(config.model) and config.model not in PRESETS_OF:  # a run must find it again from another folder
         config.model = os.path.abspath(config.model)
     return check(config)
 
@@ -292,10 +290,14 @@ def settle_threads(model):
 # Printing.
 
 
+def escape(text):
+    """Return a text in which no character is left that a terminal would obey."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def clean(text, most=500):
     """Return one line that no terminal obeys: without control characters, and cut."""
-    text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1]
-                   for letter in " ".join(str(text).split()))
+    text = escape(" ".join(str(text).split()))
     return text if len(text) <= most else text[:most - 4] + " ..."
 
 
@@ -303,7 +305,7 @@ def say(text=""):
     """Print lines. A reader that goes away does not end the training."""
     try:
         for line in str(text).split("\n"):
-            print("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line), flush=True)
+            print(escape(line), flush=True)
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
@@ -326,7 +328,8 @@ def summarize(result):
     spread = z * (rate * (1 - rate) / n + z * z / (4 * n * n)) ** 0.5
     low, high = np.clip(np.array([centre - spread, centre + spread]) / (1 + z * z / n), 0, 1)
     return {"episodes": n, "return": mean, "return_interval": [mean - half, mean + half],
-            "success": rate, "success_interval": [low, high], "steps": result["steps"].mean()}
+            "success": rate, "success_interval": [low, high],
+            "episode_steps": result["steps"].mean()}
 
 
 def measure(make_env, agent, config, greedy=False):
