@@ -212,8 +212,8 @@ def observation_text(info):
                                     ' observation as info["prompt"], a text, and the phrases of'
                                     ' the admissible actions as info["actions"], a list of texts')
     actions, admissible = info["actions"], info.get("admissible")
-    if isinstance(actions, (str, bytes)):
-        raise trie.ScoringError('info["actions"] is one bare text; it must be a list of texts')
+    if isinstance(actions, (str, bytes)) or not hasattr(actions, "__iter__"):
+        raise trie.ScoringError(f'info["actions"] is {actions!r:.60}; it must be a list of texts')
     actions = tuple(actions)
     check_text(info["prompt"], actions)
     if admissible is not None and len(admissible) not in (0, len(actions)):
