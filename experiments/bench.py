@@ -1,20 +1,22 @@
-"""Speed, measured side by side: the published way of TWOSOME (arXiv 2401.14151) against ours, in one run, in turn.
+"""Speed, measured side by side: the published way of TWOSOME against ours, in one run, in turn.
 
-  python experiments/bench.py                   # the first three, about six minutes on two cores; tables and JSON in results/
-  python experiments/bench.py --compare         # every part and a whole PPO iteration, both ways
-  python experiments/bench.py --profile         # where the time of a default run goes
-  python experiments/bench.py --processes       # two processes against one
-  python experiments/bench.py --cost-model      # how an iteration's cost grows, and with what (cost_model.py)
-  python experiments/bench.py --shape 7b        # --compare at LLaMA-7B's shape in bfloat16, on a CUDA GPU
+    python experiments/bench.py                   the first three below, on two free cores
+    python experiments/bench.py --compare         every part and a whole PPO iteration, both ways
+    python experiments/bench.py --profile         where the time of a default run goes
+    python experiments/bench.py --processes       two processes against one
+    python experiments/bench.py --model smollm2 --compare      the same with a real LLM
+    python experiments/bench.py --shape 7b        --compare at LLaMA-7B's shape on a CUDA GPU
 
-The published way is our own plain writing of it (class Published): one full sequence an action, those of a call's prompts as
-the rows of one padded batch; logits at every position and a float32 log-softmax over all of them; a pass of the whole LLM with
-the adapter off for the critic, in the rollout and again in every value minibatch; policy minibatches of 4 accumulated over 8;
-text tokenised again each time; no prompt's result remembered or shared. It is kind where the paper leaves a choice: a call's
-rows share one forward, the critic's pass computes no logits and keeps no gradients. Both ways run in the same ppo.PPO, from the
-same weights, on the same seeds; how far the losses that both end an iteration with lie apart is written into the JSON file.
+The published way is our own plain writing of it (class Published): one full sequence for each
+action, those of a call as the rows of one padded batch; logits at every position and a float32
+log-softmax over all of them; a pass of the whole LLM with the adapter off for the critic, in the
+rollout and again in every minibatch; policy minibatches of 4, accumulated over 8; text tokenised
+again each time; no result remembered or shared. It is kind where the paper leaves a choice: a
+call's rows share one forward, and the critic's pass computes no logits. Both ways run in the same
+ppo.PPO, from the same weights, on the same seeds and in the same number format; how far their
+losses lie apart is written into the JSON file.
 
-Axes: B prompts, A actions, S tokens of a sequence, H hidden, V vocabulary, L layers, R rows.
+Axes: B prompts, A actions, S tokens, H hidden, V vocabulary, R rows.
 """
 import argparse
 import contextlib
@@ -22,6 +24,7 @@ import dataclasses
 import itertools
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -31,205 +34,298 @@ import numpy as np
 import torch
 import transformers
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-import envs  # noqa: E402
-import models  # noqa: E402
-import ppo  # noqa: E402
-import runs  # noqa: E402
-import scoring  # noqa: E402
-import twosome  # noqa: E402
-from measure import Clock, Count, cost, machine, matmul_peak, timed  # noqa: E402
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import envs
+import ppo
+import twosome
+from engine import command, models, processes, runs, trainer
+from experiments.measure import Clock, cost, machine, matmul_peak, timed
 
-RESULTS = os.path.join(ROOT, "experiments", "results")
-PUBLISHED_SIZES = ppo.Config(num_envs=4, rollout_steps=32, minibatch=32, epochs=1)
-SHAPES = {"7b": {}}  # random weights, made on the device. transformers' default LlamaConfig is LLaMA-7B's
-SHAPES["tiny"] = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4, vocab_size=1024)
+RESULTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results")
+PUBLISHED_SIZES = trainer.Config(num_envs=4, rollout_steps=32, minibatch=32, epochs=1)
+SHAPES = {  # random weights, made on the device; transformers' default LlamaConfig is LLaMA-7B's
+    "7b": {},
+    "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+             "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 1024}}
 
 
-def load(shape="", model="pocket_lm"):
-    """An Agent at a shape (a name in SHAPES, or sizes) with random weights, bfloat16 on a GPU; or of a model, as twosome.py builds it."""
+def load(shape="", model="pocket_lm", dtype="auto"):
+    """Return an Agent of a model, or at a shape (a name in SHAPES, or sizes), on the best device.
+
+    At a shape the tokenizer is the embedded model's: its ids fit any larger vocabulary, and it
+    cuts a text into more tokens than LLaMA's own.
+    """
     if not shape:
-        return twosome.build(twosome.arguments(["--model", model])[0])[0]
+        return twosome.build(command.parse(["--model", model, "--dtype", dtype])[0])[0]
     torch.manual_seed(0)
     device = models.choose_device()
-    # The tokenizer is the embedded model's: its ids fit any larger vocabulary, and it cuts a text in more tokens than LLaMA's own.
-    tokenizer = transformers.AutoTokenizer.from_pretrained(twosome.model_path(model))
+    sizes = SHAPES[shape] if isinstance(shape, str) else shape
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models.locate("pocket_lm"))
     with torch.device(device):
         made = transformers.AutoModelForCausalLM.from_config(
-            transformers.LlamaConfig(**(SHAPES[shape] if isinstance(shape, str) else shape)), dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+            transformers.LlamaConfig(**sizes),
+            dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
     return twosome.Agent(made.eval().requires_grad_(False), tokenizer)
 
 
 class Published(twosome.Agent):
-    """The published way, on another agent's model, adapter and critic: see the module's docstring."""
+    """The published way, on another agent's model, adapter and critic."""
 
     def __init__(self, agent):
         self.__dict__.update(agent.__dict__)
         self.samples = itertools.count()
 
-    def encode(self, obs, info):
-        """Every sample is an item of its own: ppo.PPO computes equal items once."""
-        return (*super().encode(obs, info), next(self.samples))
+    def describe(self, obs, info):
+        """Make every sample an item of its own: nothing is shared."""
+        return (*super().describe(obs, info), next(self.samples))
 
     def log_probs(self, items):
-        """One row an action, R = the sum of the prompts' A; logits of all positions, log-softmax over S x V of every row."""
+        """One row an action, R = the sum of the prompts' A; log-softmax over S x V of each row."""
         rows, starts = [], []
-        for prompt, phrases, *_ in items:
-            ids, tails = scoring.tokenize.__wrapped__(self.tokenizer, prompt, phrases)  # past the memory: tokenised again
+        for prompt, phrases, _ in items:  # past the memory: tokenised again
+            ids, tails, _ = twosome.tokenize.__wrapped__(self.tokenizer, prompt, phrases)
             rows += [[*ids, *tail] for tail in tails]
             starts += [len(ids)] * len(tails)
         ids, mask = self.pad(rows)  # [R, S]
-        log_probs = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float().log_softmax(-1)  # [R, S, V]
-        tokens = log_probs[:, :-1].gather(2, ids[:, 1:, None])[..., 0]  # [R, S - 1]: position i predicts token i + 1
-        columns, start = torch.arange(1, ids.shape[1], device=ids.device), torch.tensor(starts, device=ids.device)[:, None]
-        joint = (tokens * ((columns >= start) & mask[:, 1:].bool())).sum(1).split([len(phrases) for _, phrases, *_ in items])
-        return [scoring.normalize(row, None, [len(phrase.split()) for phrase in phrases], "word") for row, (_, phrases, *_) in zip(joint, items)]
+        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        log_probs = logits.float().log_softmax(-1)  # [R, S, V]
+        # Position i predicts token i + 1.
+        tokens = log_probs[:, :-1].gather(2, ids[:, 1:, None])[..., 0]  # [R, S - 1]
+        columns = torch.arange(1, ids.shape[1], device=ids.device)
+        action = columns >= torch.tensor(starts, device=ids.device)[:, None]
+        joint = (tokens * (action & mask[:, 1:].bool())).sum(1)  # [R]
+        policies = []
+        parts = joint.split([len(phrases) for _, phrases, _ in items])
+        for part, (_, phrases, _) in zip(parts, items, strict=True):
+            words = [len(phrase.split()) for phrase in phrases]
+            policies.append(twosome.normalize(part, None, words, "word"))
+        return policies
 
     def values(self, items):
         """The whole LLM with the adapter off, for every item anew; then the MLP."""
-        ids, mask = self.pad(scoring.encode(self.tokenizer, [prompt for prompt, *_ in items]))
+        ids, mask = self.pad(twosome.encode(self.tokenizer, [prompt for prompt, *_ in items]))
         with torch.no_grad(), self.model.disable_adapter():
-            hidden = self.model.get_base_model().base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state  # [B, S, H]
-        return self.critic(hidden[torch.arange(len(ids)), mask.sum(1) - 1].float())[:, 0]
+            hidden = models.text_model(self.model)(
+                input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state  # [B, S, H]
+        last = hidden[torch.arange(len(ids)), mask.sum(1) - 1]  # never [:, -1]: that is a pad
+        return self.critic(last.float())[:, 0]
 
     def pad(self, rows):
+        """Return ids and mask [R, S] of rows of token ids, padded on the right."""
         longest = max(map(len, rows))
-        return (torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.model.device),
-                torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=self.model.device))
+        ids = [row + [0] * (longest - len(row)) for row in rows]
+        mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
+        return (torch.tensor(ids, device=self.model.device),
+                torch.tensor(mask, device=self.model.device))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The published way against ours
+# -----------------------------------------------------------------------------
+# The published way against ours.
 
-class Timed(ppo.PPO):
-    """A PPO that keeps its last rollout, and what it cost."""
+
+class Timed(trainer.Trainer):
+    """A Trainer that keeps its last rollout, and what it cost."""
 
     def rollout(self):
         self.rollout_cost, self.last = cost(super().rollout, self.agent)
         return self.last
 
 
-def compare(options):
-    """Time every part both ways, in turn; print a row for each and write the table. Returns JSON-able facts."""
-    agent, task, repeats = load(options.shape, options.model), options.task, options.repeats
-    torch.set_num_threads(options.threads) if options.threads else None
-    device, old = agent.model.device, Published(agent)
-    peak, make_env = matmul_peak(device, agent.model.dtype), lambda: envs.make("overcooked", task=task)
-    weights = agent.policy_parameters() + agent.value_parameters()
-    start, gaps = [weight.detach().clone() for weight in weights], {}
-    fours = lambda items: [items[i:i + 4] for i in range(0, len(items), 4)]  # a step of 4 environments; a published micro-batch
+def fours(items):
+    """Split into fours: a step of 4 environments, or a published micro-batch."""
+    return [items[i:i + 4] for i in range(0, len(items), 4)]
 
-    def trainers(config):
-        """Two trainers with the same settings, but for the published micro-batches of 4; no KL bound, so that no step is left out."""
+
+class Pair:
+    """Both ways on one agent: (ours, published) of each part that is timed."""
+
+    def __init__(self, agent, task):
+        self.agent, self.old = agent, Published(agent)
+        self.task = task
+        self.weights = agent.policy_parameters() + agent.value_parameters()
+        self.start = [weight.detach().clone() for weight in self.weights]
+        self.gaps = {}
+
+    def trainers(self, config):
+        """Make two trainers with the same settings, but for the published micro-batches of 4.
+
+        There is no bound on the KL, so that no step is left out.
+        """
         config = dataclasses.replace(config, target_kl=0.0)
-        return [Timed(make_env, way, dataclasses.replace(config, gradient_accumulation=parts), seed=1)
-                for way, parts in ((agent, 1), (old, config.minibatch // 4))]
+        made = []
+        for way, parts in ((self.agent, 1), (self.old, config.minibatch // 4)):
+            settings = dataclasses.replace(config, gradient_accumulation=parts)
+            made.append(Timed(lambda: envs.make("overcooked", task=self.task), way, settings, 1))
+        return made
 
-    def iterate(trainer, partner):
-        """One iteration from the untrained weights, for only so do both ways meet the same states: its cost, its rollout's, its update's."""
+    def iterate(self, trainer, partner):
+        """Run an iteration from the untrained weights, for only so do both meet the same states.
+
+        Returns the costs of the whole, of its rollout and of its update.
+        """
         with torch.no_grad():
-            for weight, value in zip(weights, start):
+            for weight, value in zip(self.weights, self.start, strict=True):
                 weight.copy_(value)
-        whole, trainer.metrics = cost(trainer.iterate, agent)
+        whole, trainer.metrics = cost(trainer.iterate, self.agent)
         if trainer.updates == partner.updates:  # both have done it: it must have come to the same
-            gaps.update({name: max(abs(trainer.metrics[name] - partner.metrics[name]), gaps.get(name, 0.0)) for name in ("policy_loss", "value_loss", "entropy", "kl")})
+            for name in ("policy_loss", "value_loss", "entropy", "kl"):
+                gap = abs(trainer.metrics[name] - partner.metrics[name])
+                self.gaps[name] = max(gap, self.gaps.get(name, 0.0))
         return [whole, trainer.rollout_cost, whole - trainer.rollout_cost]
 
-    both = trainers(PUBLISHED_SIZES)
-    iterate(*both), iterate(*both[::-1])  # warms both up, and meets the first prompts
-    met = both[0].last.items  # T x N, time first, as an untrained policy comes upon them
-    distinct = list(dict.fromkeys(met))[:32]
-    minibatches = [met[i::4] for i in range(4)]
-
-    def forward(way, batches):
-        agent.policy_changed()
+    def forward(self, way, batches):
+        """Score batches of items without gradients."""
+        self.agent.policy_changed()
         with torch.no_grad():
             for batch in batches:
                 way.log_probs(batch)
 
-    def backward(way, batches):
+    def backward(self, way, batches):
+        """Score batches of items, and go back through the LLM."""
         for batch in batches:
             (torch.stack([row[0] for row in way.log_probs(batch)]).sum() / 32).backward()
-        agent.model.zero_grad(set_to_none=True)
+        self.agent.model.zero_grad(set_to_none=True)
 
-    def critic(way, forget):
-        agent._features.clear() if forget and way is agent else None
+    def critic(self, way, met, forget=False):
+        """Values of a rollout, and of its minibatches with the critic's gradient."""
+        if forget and way is self.agent:
+            self.agent.feature.cache_clear()
         with torch.no_grad():
-            for batch in [met] if way is agent else fours(met):  # ours asks for values once a rollout
+            for batch in [met] if way is self.agent else fours(met):
                 way.values(batch)
-        for batch in minibatches:
-            way.values(batch).sum().backward()
-        agent.critic.zero_grad(set_to_none=True)
+        for k in range(4):
+            way.values(met[k::4]).sum().backward()
+        self.agent.critic.zero_grad(set_to_none=True)
 
-    parts = [
-        (f"scoring {len(distinct)} distinct prompts, 4 a call", lambda: forward(agent, fours(distinct)), lambda: forward(old, fours(distinct))),
-        (f"scoring {len(distinct)} distinct prompts, ours in one call", lambda: forward(agent, [distinct]), lambda: forward(old, fours(distinct))),
-        ("scoring the 128 of a rollout", lambda: forward(agent, fours(met)), lambda: forward(old, fours(met))),
-        (f"with gradient, {len(distinct)} distinct prompts", lambda: backward(agent, [distinct]), lambda: backward(old, fours(distinct))),
-        ("with gradient, the 4 minibatches of a rollout", lambda: backward(agent, minibatches), lambda: backward(old, fours(met))),
-        ("critic, every prompt new", lambda: critic(agent, True), lambda: critic(old, True)),
-        ("critic, prompts met before", lambda: critic(agent, False), lambda: critic(old, False)),
-        ("PPO iteration, published sizes", lambda: iterate(*both), lambda: iterate(*both[::-1])),
-    ]
-    if not options.shape:
-        config = twosome.arguments(["--env", "overcooked", "--task", task])[0]
-        mine = trainers(config)
-        parts.append((f"PPO iteration, defaults ({config.num_envs} x {config.rollout_steps}, minibatch {config.minibatch}, epochs {config.epochs})",
-                      lambda: iterate(*mine), lambda: iterate(*mine[::-1])))
-    print(HEADER)
+    def parts(self, default):
+        """Return [(name, ours, published)]: functions of nothing, to be timed in turn."""
+        ours, old = self.agent, self.old
+        both = self.trainers(PUBLISHED_SIZES)
+        self.iterate(*both)  # warms both up, and meets the first prompts
+        self.iterate(*both[::-1])
+        met = both[0].last.items  # T x N, time first, as an untrained policy comes upon them
+        distinct = list(dict.fromkeys(met))[:32]
+        quarters = [met[k::4] for k in range(4)]
+        # The published way takes items with a number of their own.
+        alone, rolled = ([(*item, 0) for item in items] for items in (distinct, met))
+        found = [
+            (f"scoring {len(distinct)} distinct prompts",
+             lambda: self.forward(ours, [distinct]), lambda: self.forward(old, fours(alone))),
+            ("scoring the 128 of a rollout",
+             lambda: self.forward(ours, fours(met)), lambda: self.forward(old, fours(rolled))),
+            (f"with gradient, {len(distinct)} distinct prompts",
+             lambda: self.backward(ours, [distinct]), lambda: self.backward(old, fours(alone))),
+            ("with gradient, the 4 minibatches of a rollout",
+             lambda: self.backward(ours, quarters), lambda: self.backward(old, fours(rolled))),
+            ("critic, every prompt new",
+             lambda: self.critic(ours, met, True), lambda: self.critic(old, rolled)),
+            ("critic, prompts met before",
+             lambda: self.critic(ours, met), lambda: self.critic(old, rolled)),
+            ("PPO iteration, published sizes",
+             lambda: self.iterate(*both), lambda: self.iterate(*both[::-1]))]
+        if default:
+            mine = self.trainers(default)
+            sizes = (f"{default.num_envs} x {default.rollout_steps}, minibatch {default.minibatch},"
+                     f" epochs {default.epochs}")
+            found.append((f"PPO iteration, preset ({sizes})",
+                          lambda: self.iterate(*mine), lambda: self.iterate(*mine[::-1])))
+        return found
+
+
+def rows_of(name, ways, agent, repeats, peak):
+    """Time both ways of a part in turn, after one warm-up of each. Returns rows for the table."""
+    memory = []
+    for way in ways:
+        if agent.model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        way()
+        on_gpu = agent.model.device.type == "cuda"
+        memory.append(torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None)
+    samples = []
+    for _ in range(repeats):
+        samples.append([])
+        for way in ways:
+            spent, inner = cost(way, agent)
+            samples[-1].append(inner or [spent])
+    costs = np.array(samples)  # [repeats, ways, columns, 3]
     rows = []
-    for name, *ways in parts:
-        memory = []
-        for way in ways:  # warms both up
-            torch.cuda.reset_peak_memory_stats() if device.type == "cuda" else None
-            way()
-            memory.append(torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None)
-        costs = np.array([[(parts or [spent]) for spent, parts in (cost(way, agent) for way in ways)] for _ in range(repeats)])  # in turn
-        for column, part in enumerate([name, "- its rollout", "- its update"][:costs.shape[2]]):
-            seconds, tokens, flops = costs[:, :, column].transpose(2, 0, 1)  # each [repeats, ways]
-            quartiles = np.quantile(seconds[:, 1] / seconds[:, 0], (0.25, 0.5, 0.75)).tolist()
-            row = {"part": part, "ratio": quartiles[1], "ratio_quartiles": quartiles[::2], "repeats": repeats}
-            for way, side in enumerate(("ours", "published")):
-                row[side] = {"seconds": float(np.median(seconds[:, way])), "tokens": int(np.median(tokens[:, way])),
-                             "peak_share": float(np.median(flops[:, way] / seconds[:, way] / peak)), "memory_gb": memory[way]}
-            rows.append(row)
-            print(markdown(row), flush=True)
-    with open(os.path.join(options.out, f"compare{'-' * bool(options.shape)}{options.shape}.md"), "w") as file:
-        file.write("\n".join([HEADER, *map(markdown, rows)]) + "\n")
-    return {"task": task, "threads": torch.get_num_threads(), "parameters": sum(p.numel() for p in agent.model.get_base_model().parameters()), "dtype": str(agent.model.dtype),
-            "matmul_peak_gflops": peak / 1e9, "largest_difference_of_metrics": gaps, "rows": rows}
+    for column, part in enumerate([name, "- its rollout", "- its update"][:costs.shape[2]]):
+        seconds, tokens, flops = costs[:, :, column].transpose(2, 0, 1)  # each [repeats, ways]
+        low, middle, high = np.quantile(seconds[:, 1] / seconds[:, 0], (0.25, 0.5, 0.75)).tolist()
+        row = {"part": part, "ratio": middle, "ratio_quartiles": [low, high], "repeats": repeats}
+        for k, side in enumerate(("ours", "published")):
+            row[side] = {"seconds": float(np.median(seconds[:, k])),
+                         "tokens": int(np.median(tokens[:, k])), "memory_gb": memory[k],
+                         "peak_share": float(np.median(flops[:, k] / seconds[:, k] / peak))}
+        rows.append(row)
+    return rows
 
 
-HEADER = """| part | ours, ms | published, ms | times faster (quartiles) | tokens ours / published | matmul peak reached | peak memory |
-|---|---:|---:|---:|---:|---:|---:|"""
+HEADER = """| part | ours, ms | published, ms | times faster (quartiles) | tokens | matmul peak |
+|---|---:|---:|---:|---:|---:|"""
 
 
 def markdown(row):
-    """A line of the table."""
+    """Return a line of the table; tokens and shares of the peak are ours / published."""
     ours, published = row["ours"], row["published"]
-    tokens, share, memory = ([form.format(side[key]) for side in (ours, published)] for key, form in (
-        ("tokens", "{:,}"), ("peak_share", "{:.0%}"), ("memory_gb", "{:.0f} GB" if ours["memory_gb"] else "-")))  # a GPU's alone
-    return (f"| {row['part']} | {1e3 * ours['seconds']:.1f} | {1e3 * published['seconds']:.1f} | {row['ratio']:.1f}"
-            f" ({row['ratio_quartiles'][0]:.1f} to {row['ratio_quartiles'][1]:.1f}) | {' / '.join(tokens)} | {' / '.join(share)} | {' / '.join(memory)} |")
+    low, high = row["ratio_quartiles"]
+    return (f"| {row['part']} | {1e3 * ours['seconds']:.1f} | {1e3 * published['seconds']:.1f}"
+            f" | {row['ratio']:.1f} ({low:.1f} to {high:.1f})"
+            f" | {ours['tokens']:,} / {published['tokens']:,}"
+            f" | {ours['peak_share']:.0%} / {published['peak_share']:.0%} |")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Where the time goes
+def compare(options):
+    """Time every part both ways, print a row for each, write the table. Returns facts for JSON."""
+    agent = load(options.shape, options.model, options.dtype)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    peak = matmul_peak(agent.model.device, agent.model.dtype)
+    default = None
+    if not options.shape:
+        default = command.parse(["--task", options.task, "--model", options.model])[0]
+    pair = Pair(agent, options.task)
+    rows = []
+    print(HEADER)
+    for name, *ways in pair.parts(default):
+        for row in rows_of(name, ways, agent, options.repeats, peak):
+            rows.append(row)
+            print(markdown(row), flush=True)
+    with open(os.path.join(options.out, f"{options.name}.md"), "w") as file:
+        file.write("\n".join([HEADER, *map(markdown, rows)]) + "\n")
+    base = agent.model.get_base_model()
+    return {"task": options.task, "threads": torch.get_num_threads(), "dtype": str(base.dtype),
+            "parameters": base.num_parameters(), "matmul_peak_gflops": peak / 1e9,
+            "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "largest_difference_of_metrics": pair.gaps, "rows": rows}
+
+
+# -----------------------------------------------------------------------------
+# Where the time goes.
+
 
 @contextlib.contextmanager
 def watching():
-    """A Clock over everything that trains: the model's passes, and what is left over around them."""
+    """Yield a Clock over everything that trains: the model's passes, and what is around them."""
     clock = Clock()
-    base = transformers.PreTrainedModel  # every pass of an LLM goes through its __call__, the backbone's inside the whole
-    clock.watch(base, "__call__", "model forward")
-    clock.watch(torch.Tensor, "backward", lambda stack: "critic update" if "critic update" in stack else "model backward")
+    # Every pass of an LLM goes through PreTrainedModel's call, the backbone's inside the whole's.
+    clock.watch(transformers.PreTrainedModel, "__call__", "model forward")
+    clock.watch(torch.Tensor, "backward",
+                lambda stack: "critic update" if "critic update" in stack else "model backward")
     for owner, name, label in (
-            (twosome.Agent, "log_probs", "scoring around the model"), (twosome.Agent, "values", "critic MLP"),
-            (twosome.Agent, "encode", "rendering"), (ppo, "act", "environments"), (ppo, "sample", "sampling"), (ppo.PPO, "rollout", "rollout, the rest"),
-            (ppo.PPO, "critic_step", "critic update"), (ppo.PPO, "policy_gradient", "policy loss"), (ppo.PPO, "step", "optimisers"),
-            (ppo.PPO, "update", "update, the rest"), (ppo, "gather", "exchange between processes"),
-            (ppo, "evaluate", "final evaluation, the rest"), (ppo.PPO, "iterate", "iteration, the rest"), (twosome, "build", "loading the model"),
+            (twosome.Agent, "log_probs", "scoring around the model"),
+            (twosome.Agent, "values", "critic MLP"),
+            (twosome.Agent, "describe", "rendering"),
+            (ppo, "act", "environments"), (ppo, "sample", "sampling"),
+            (ppo.PPO, "rollout", "rollout, the rest"),
+            (ppo.PPO, "critic_step", "critic update"),
+            (ppo.PPO, "policy_gradient", "policy loss"), (ppo.PPO, "step", "optimisers"),
+            (ppo.PPO, "update", "update, the rest"),
+            (trainer.Trainer, "add_up", "adding up gradients"),
+            (trainer, "gather", "gathering rollouts"),
+            (ppo, "evaluate", "evaluations, the rest"),
+            (ppo.PPO, "iterate", "iteration, the rest"),
+            (twosome, "build", "loading the model"),
             (runs.Run, "checkpoint", "checkpoints"), (runs.Run, "log", "metrics.csv")):
         clock.watch(owner, name, label)
     try:
@@ -239,15 +335,17 @@ def watching():
 
 
 def profile(options):
-    """Run `twosome.py` as a newcomer does, in a folder that is thrown away, under the clock."""
+    """Run twosome.py as a newcomer does, in a folder that is thrown away, under the clock."""
+    steps = ["--steps", str(options.steps)] if options.steps else []
     with tempfile.TemporaryDirectory() as folder, watching() as clock:
         start = time.perf_counter()
-        code = twosome.main(["--model", options.model, "--task", options.task, "--out", os.path.join(folder, "run")]
-                            + (["--steps", str(options.steps)] if options.steps else []))
+        code = twosome.main(["--model", options.model, "--task", options.task,
+                             "--out", os.path.join(folder, "run"), *steps])
         whole = time.perf_counter() - start
     if code:
         raise SystemExit(code)
-    shares = {label: spent / whole for label, spent in sorted(clock.spent.items(), key=lambda pair: -pair[1])}
+    ordered = sorted(clock.spent.items(), key=lambda pair: -pair[1])
+    shares = {label: spent / whole for label, spent in ordered}
     for label, share in shares.items():
         print(f"{share:7.1%}  {whole * share:7.1f} s  {label}")
     inside = shares["model forward"] + shares["model backward"]
@@ -255,74 +353,87 @@ def profile(options):
     return {"task": options.task, "seconds": whole, "shares": shares, "inside_the_model": inside}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Several processes
+# -----------------------------------------------------------------------------
+# Several processes.
 
-def processes(options):
-    """Steps a second of PPO iterations in one process on one core and in two on two, in turn; and where the time of both goes."""
+
+def several(options):
+    """Steps a second in one process on one core and in two on two, in turn; and where time goes."""
     facts = {}
-    for task, iterations in (("tomato-salad", 6), ("tomato-lettuce-salad", 2)):  # the second is five times the work
+    for task, iterations in (("tomato-salad", 6), ("tomato-lettuce-salad", 2)):
         pairs, parts = [], {1: [], 2: []}
         for _ in range(options.repeats):
             pairs.append([])
             for count in (1, 2):
-                command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), os.path.abspath(__file__),
-                           "--worker", str(iterations), "--task", task, "--model", options.model]
-                done = subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True)
+                call = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                        "--nproc_per_node", str(count), os.path.abspath(__file__),
+                        "--worker", str(iterations), "--task", task, "--model", options.model]
+                done = subprocess.run(call, check=True, stdout=subprocess.PIPE, text=True,
+                                      env={**os.environ, "OMP_NUM_THREADS": "1"})
                 said = json.loads(done.stdout.splitlines()[-1])
                 pairs[-1].append(said["steps_per_second"])
                 parts[count].append(said["milliseconds"])
         ratios = [two / one for one, two in pairs]
-        print(f"{task}: two processes on two cores take {np.median(ratios):.2f} times the steps a second of one on one ({min(ratios):.2f} to {max(ratios):.2f})")
-        one, two = ({label: float(np.median([each.get(label, 0.0) for each in runs])) for label in runs[0]} for runs in parts.values())
-        for label in sorted(two, key=two.get, reverse=True):  # waiting for the others' gradients is in "update, the rest"
-            print(f"{one.get(label, 0.0):8.1f} {two[label]:8.1f}  ms an iteration in one process and in the first of two: {label}")
-        facts[task] = {"steps_per_second": pairs, "ratio": float(np.median(ratios)), "ratios": ratios, "milliseconds_of_one": one, "milliseconds_of_the_first_of_two": two}
+        print(f"{task}: two processes on two cores take {np.median(ratios):.2f} times the steps a"
+              f" second of one on one ({min(ratios):.2f} to {max(ratios):.2f})")
+        medians = {}
+        for count, found in parts.items():
+            medians[count] = {label: float(np.median([each.get(label, 0.0) for each in found]))
+                              for label in found[0]}
+        for label in sorted(medians[2], key=medians[2].get, reverse=True):
+            print(f"{medians[1].get(label, 0.0):8.1f} {medians[2][label]:8.1f}  ms an iteration in"
+                  f" one process and in the first of two: {label}")
+        facts[task] = {"steps_per_second": pairs, "ratio": float(np.median(ratios)),
+                       "ratios": ratios, "milliseconds_of_one": medians[1],
+                       "milliseconds_of_the_first_of_two": medians[2]}
     return facts
 
 
 def worker(options):
-    """One of `processes`' processes: train so many iterations after a first; say the median of steps a second and where the time went."""
-    twosome.join_processes()
-    config = twosome.arguments(["--task", options.task, "--model", options.model, "--device", "cpu"])[0]
+    """Be one of `several`'s processes: train so many iterations after a first, and say the pace."""
+    rank = processes.join()
+    config = command.parse(["--task", options.task, "--model", options.model,
+                            "--device", "cpu"])[0]
     agent, make_env = twosome.build(config)
-    trainer = ppo.PPO(make_env, agent, config, config.seed)
-    trainer.iterate()
+    learner = trainer.Trainer(make_env, agent, config, config.seed)
+    learner.iterate()
     with watching() as clock:
-        seconds = [timed(trainer.iterate, agent.model.device)[0] for _ in range(options.worker)]
+        seconds = [timed(learner.iterate, agent.model.device)[0] for _ in range(options.worker)]
     spent = {label: 1e3 * each / options.worker for label, each in clock.spent.items()}
-    print(json.dumps({"steps_per_second": config.num_envs * config.rollout_steps / np.median(seconds), "milliseconds": spent}))  # the first's: the others are silent
-    twosome.part()
+    pace = config.num_envs * config.rollout_steps / np.median(seconds)
+    if rank == 0:
+        print(json.dumps({"steps_per_second": pace, "milliseconds": spent}))
+    processes.leave()
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--compare", action="store_true", help="the published way against ours")
-    parser.add_argument("--profile", action="store_true", help="where the time of a default run goes")
+    parser.add_argument("--profile", action="store_true", help="where a default run's time goes")
     parser.add_argument("--processes", action="store_true", help="two processes against one")
-    parser.add_argument("--cost-model", action="store_true", help="what an iteration's cost grows with")
-    parser.add_argument("--shape", default="", choices=("", *SHAPES), help="compare at this shape, with random weights")
-    parser.add_argument("--model", default="pocket_lm", help="the model measured, as twosome.py's --model")
+    parser.add_argument("--shape", default="", choices=("", *SHAPES),
+                        help="compare at this shape, with random weights")
+    parser.add_argument("--model", default="pocket_lm", help="as twosome.py's --model")
+    parser.add_argument("--dtype", default="auto", help="as twosome.py's --dtype")
     parser.add_argument("--task", default="tomato-salad", help="a task of Overcooked")
-    parser.add_argument("--repeats", type=int, default=3, help="times that each part is measured")
-    parser.add_argument("--steps", type=int, default=0, help="environment steps of --profile; 0: the default run's")
-    parser.add_argument("--threads", type=int, default=0, help="torch's threads when comparing; 0: as twosome.py chooses")
+    parser.add_argument("--repeats", type=int, default=3, help="measurements of each part")
+    parser.add_argument("--steps", type=int, default=0, help="of --profile; 0: the preset's")
+    parser.add_argument("--threads", type=int, default=0, help="of --compare; 0: as twosome.py")
     parser.add_argument("--out", default=RESULTS, help="folder of the results")
     parser.add_argument("--worker", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.worker:
         return worker(options)
     os.makedirs(options.out, exist_ok=True)
-    chosen = [name for name in ("compare", "profile", "processes", "cost_model") if getattr(options, name)]
-    for kind in chosen or (["compare"] if options.shape else ["compare", "profile", "processes"]):
+    work = {"compare": compare, "profile": profile, "processes": several}
+    chosen = [kind for kind in work if getattr(options, kind)]
+    usual = "" if options.model == "pocket_lm" else f"-{os.path.basename(options.model)}"
+    usual += "" if options.dtype == "auto" else f"-{options.dtype}"
+    for kind in chosen or (["compare"] if options.shape else list(work)):
+        options.name = kind + usual + (f"-{options.shape}" if options.shape else "")
         before = machine()
-        if kind == "cost_model":
-            import cost_model  # it imports this module
-            facts = cost_model.measure(options)
-        else:
-            facts = {"compare": compare, "profile": profile, "processes": processes}[kind](options)
-        name = kind + (f"-{options.shape}" if options.shape else "")
-        with open(os.path.join(options.out, f"{name}.json"), "w") as file:
+        facts = work[kind](options)
+        with open(os.path.join(options.out, f"{options.name}.json"), "w") as file:
             json.dump({"machine": before, "load_after": machine()["load"], **facts}, file, indent=1)
     return 0
 

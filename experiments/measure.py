@@ -1,4 +1,4 @@
-"""What the benchmarks measure with: seconds, tokens, FLOPs, the machine's matmul peak, and a clock that splits a run's time."""
+"""What the benchmarks measure with: seconds, tokens, FLOPs, the machine's matmul peak, a clock."""
 import os
 import platform
 import time
@@ -9,8 +9,11 @@ import transformers
 
 
 def timed(work, device):
-    """(wall seconds of work(), what it returned), the device's queue emptied before and after."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    """Return (wall seconds of work(), what it returned), the device's queue emptied around it."""
+    def wait():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
     wait()
     start = time.perf_counter()
     result = work()
@@ -19,32 +22,38 @@ def timed(work, device):
 
 
 def matmul_peak(device, dtype):
-    """FLOP/s of the best square matrix product: the most that this machine gives any model."""
-    best = 0
-    for n in (4096, 8192, 16384) if device.type == "cuda" else (256, 512, 1024, 1536):
+    """Return the FLOP/s of the best square matrix product: the most that any model gets here."""
+    best = 0.0
+    for n in (4096, 8192, 16384) if device.type == "cuda" else (512, 1024, 2048):
         a, b = torch.randn(2, n, n, device=device, dtype=dtype)
-        a @ b
-        best = max(best, 2 * n ** 3 / min(timed(lambda: a @ b, device)[0] for _ in range(20)))
+        torch.mm(a, b)
+        seconds = min(timed(lambda a=a, b=b: torch.mm(a, b), device)[0] for _ in range(20))
+        best = max(best, 2 * n**3 / seconds)
     return best
 
 
 class Count:
-    """Counts, while it is entered, what goes through an agent's LLM: tokens computed (pads too), calls, FLOPs.
+    """Counts, while it is entered, what goes through an agent's LLM: tokens, calls, FLOPs.
 
-    A token costs 2 FLOPs a weight of the L layers, a logit row 2 H V, and attention 4 H L for each position that it may see: in a
-    tree, its ancestors alone (the kernel computes, and throws away, the rest). Backwards, frozen weights need the gradient of their input alone: as much again; attention needs it twice.
+    A token costs 2 FLOPs a weight of the layers, a row of logits 2 H V, and attention 4 H L for
+    each position that may be seen: in a tree its ancestors alone, although the kernel computes
+    the rest as well and throws it away. Backwards, frozen weights need the gradient of their
+    input alone, which is as much again; attention needs it twice. Pads count as tokens.
     """
 
     def __init__(self, agent):
-        self.model, config = agent.model.get_base_model(), agent.model.config.get_text_config()
-        self.layer_weights = sum(p.numel() for name, p in self.model.named_parameters() if ".layers." in name and p.dim() == 2)
+        self.model = agent.model.get_base_model()
+        config = agent.model.config.get_text_config()
+        self.layer_weights = sum(weight.numel() for name, weight in self.model.named_parameters()
+                                 if ".layers." in name and weight.dim() == 2)
         self.attention = 4 * config.hidden_size * config.num_hidden_layers
         self.row = 2 * config.hidden_size * config.vocab_size
 
     def __enter__(self):
         self.tokens = self.calls = self.flops = 0
-        self.hooks = [self.model.base_model.register_forward_pre_hook(self.body, with_kwargs=True),
-                      self.model.get_output_embeddings().register_forward_pre_hook(self.head)]
+        body, head = self.model.get_decoder(), self.model.get_output_embeddings()
+        self.hooks = [body.register_forward_pre_hook(self.body, with_kwargs=True),
+                      head.register_forward_pre_hook(self.head)]
         return self
 
     def __exit__(self, *error):
@@ -52,38 +61,48 @@ class Count:
             hook.remove()
 
     def body(self, module, args, options):
-        (B, S), mask, grad = options["input_ids"].shape, options.get("attention_mask"), torch.is_grad_enabled()
-        pairs = (mask == 0).sum() if mask is not None and mask.dim() == 4 else B * S * (S + 1) // 2  # a tensor: a GPU need not wait for it
-        self.calls, self.tokens = self.calls + 1, self.tokens + B * S
-        self.flops = self.flops + (2 if grad else 1) * 2 * self.layer_weights * B * S + (3 if grad else 1) * self.attention * pairs
+        """Count a pass through the layers."""
+        B, S = options["input_ids"].shape
+        mask, grad = options.get("attention_mask"), torch.is_grad_enabled()
+        pairs = B * S * (S + 1) // 2
+        if mask is not None and mask.dim() == 4:
+            pairs = (mask == 0).sum()  # a tensor: a GPU need not wait for it
+        layers = 2 * self.layer_weights * B * S
+        self.calls += 1
+        self.tokens += B * S
+        self.flops = self.flops + (1 + grad) * layers + (1 + 2 * grad) * self.attention * pairs
 
     def head(self, module, args):
-        self.flops += (2 if torch.is_grad_enabled() else 1) * self.row * args[0].shape[:-1].numel()
+        """Count a pass through the vocabulary projection."""
+        rows = args[0].shape[:-1].numel()
+        self.flops += (1 + torch.is_grad_enabled()) * self.row * rows
 
 
 def cost(work, agent):
-    """(np.array([seconds, tokens, FLOPs]) of work(), what it returned). Counting takes two calls of Python a forward."""
+    """Return (np.array([seconds, tokens, FLOPs]) of work(), what it returned)."""
     with Count(agent) as count:
         seconds, result = timed(work, agent.model.device)
     return np.array([seconds, count.tokens, float(count.flops)]), result
 
 
 class Clock:
-    """Splits the time of a run by what is running: time inside a watched function that no other watched one accounts for."""
+    """Splits a run's time: what is inside a watched function and in no other watched one."""
 
     def __init__(self):
-        self.spent, self.stack, self.last, self.undo = {}, ["rest"], time.perf_counter(), []
+        self.spent, self.stack, self.undo = {}, ["rest"], []
+        self.last = time.perf_counter()
 
     def switch(self):
+        """Account the time since the last switch to what was running."""
         now = time.perf_counter()
         self.spent[self.stack[-1]] = self.spent.get(self.stack[-1], 0.0) + now - self.last
         self.last = now
 
     def watch(self, owner, name, label):
-        """Account calls of owner.name to `label`, a str or a function of the labels of the watched calls around it."""
+        """Account the calls of owner.name to label: a str, or a function of the labels around."""
         inner = getattr(owner, name)
 
-        def timed(*args, **options):
+        def watched(*args, **options):
             self.switch()
             self.stack.append(label(self.stack) if callable(label) else label)
             try:
@@ -91,17 +110,20 @@ class Clock:
             finally:
                 self.switch()
                 self.stack.pop()
+
         self.undo.append((owner, name, inner))
-        setattr(owner, name, timed)
+        setattr(owner, name, watched)
 
     def stop(self):
+        """Put the functions back."""
         self.switch()
         for owner, name, inner in reversed(self.undo):
             setattr(owner, name, inner)
 
 
 def machine():
-    """What the figures depend on, and how busy the machine is."""
+    """Return what the figures depend on, and how busy the machine is."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    return {"device": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 2),
-            "torch": torch.__version__, "transformers": transformers.__version__}
+    return {"device": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+            "load": round(os.getloadavg()[0], 2), "torch": torch.__version__,
+            "transformers": transformers.__version__}
