@@ -274,9 +274,7 @@ class PPO:
                 # observation: its value stands for that future.
                 if cut and not done:
                     finals[t, n] = self.agent.describe(obs, info)
-                self.now[n] = obs, info
-                if done or cut:
-                    self.now[n] = self.envs[n].reset()
+                self.now[n] = self.envs[n].reset() if done or cut else (obs, info)
 
         # The critic chooses no action, so ask for all values at once. V(s_{t+1}) stands one row
         # below V(s_t); after the last row, it is the value of where the environments stand now.
