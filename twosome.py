@@ -134,7 +134,12 @@ def score_actions_naive(model, tokenizer, prompts, phrases, normalization="word"
 
 
 def score_actions(model, tokenizer, prompts, phrases, normalization="word"):
-    """What runs: the values and gradients of score_actions_naive, each distinct token once."""
+    """What runs: the values and gradients of score_actions_naive, each distinct token once.
+
+    Prompts and phrases become one trie of tokens, which the LLM reads under a mask that shows a
+    token its own past alone (engine/trie.py). Arguments and result are those of the definition;
+    `prompts` may hold equal ones. Raises trie.ScoringError.
+    """
     if isinstance(prompts, str) or any(isinstance(actions, str) for actions in phrases):
         raise trie.ScoringError("prompts is a list of texts and phrases is a list of lists of texts"
                                 "; one of them is a bare text here")
@@ -194,6 +199,11 @@ def normalize(joint, token_counts, word_counts, normalization="word", seam=0.0):
 
 # -----------------------------------------------------------------------------
 # Section 4.3: actor and critic on one frozen LLM.
+#
+#   actor    pi(a_k | d), section 4.2, by the LLM with its LoRA adapter on
+#   critic   V(d) = MLP(h), h the hidden state of the prompt's last token, adapter off
+#
+# PPO's policy loss trains the LoRA weights, its value loss trains the MLP; the LLM never changes.
 
 
 def observation_text(info):
@@ -361,7 +371,10 @@ def load(folder, which="last", env=""):
 
 
 def train(config, run, agent, make_env, which="last"):
-    """Train in a run's folder, from where it stands to the end. Returns the exit code."""
+    """Train in a run's folder, from where it stands to the end. Returns the exit code.
+
+    What a run leaves there is told in engine/runs.py, and what it prints in engine/watch.py.
+    """
     trainer = Trainer(make_env, agent, config, config.seed)
     if run.resumed:
         processes.first_then_others(lambda: run.restore(agent, trainer, which))
