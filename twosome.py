@@ -244,7 +244,7 @@ class Agent:
     FEATURE_BYTES = 64 * 2**20  # our choice: keep at most so much, drop what is not asked for
 
     def __init__(self, model, tokenizer, normalization="word", lora_rank=8, lora_alpha=16,
-                 lora_targets=None):
+                 lora_targets=""):
         """Put a fresh adapter and a fresh critic on the model, which must not carry one yet."""
         self.model = models.add_lora(model, lora_rank, lora_alpha, lora_targets)
         self.tokenizer = tokenizer
@@ -358,7 +358,7 @@ def build(config):
     model, tokenizer = models.load(config.model, config.dtype, config.device, config.load_in)
     command.settle_threads(model)
     agent = Agent(model, tokenizer, config.norm, config.lora_rank, config.lora_alpha,
-                  config.lora_targets or None)
+                  config.lora_targets)
     return agent, make_env
 
 
