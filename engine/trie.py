@@ -82,12 +82,18 @@ def build_tree(items):
             parents = [last, *_walk(nodes, last, tail[:-1])]
             steps = zip(parents, tail, strict=True)
             paths.append([edges.setdefault(step, len(edges)) for step in steps])
-    above, ids = np.array(list(nodes)).T  # [S] each
-    visible = _ancestry(above)
-    parents, tokens = np.array(list(edges)).T  # [E] each
-    parents, rows = np.unique(parents, return_inverse=True)
+
+    ids = np.array([token for _, token in nodes])
+    # A node sees what its parent sees, and itself. Row -1, before all texts, sees nothing.
+    visible = np.zeros((len(ids) + 1, len(ids)), dtype=bool)
+    for column, (above, _) in enumerate(nodes):
+        visible[column] = visible[above]
+        visible[column, column] = True
+    positions = visible.sum(1) - 1
+    above, tokens = np.array(list(edges)).T  # [E] each
+    parents, rows = np.unique(above, return_inverse=True)
     paths = np.array(list(itertools.zip_longest(*paths, fillvalue=len(edges)))).T
-    arrays = ids, visible.sum(1) - 1, visible, parents, np.stack([rows, tokens], 1), paths
+    arrays = ids, positions[:-1], visible[:-1], parents, np.stack([rows, tokens], 1), paths
     return Tree(items, *map(torch.from_numpy, arrays))
 
 
@@ -101,17 +107,6 @@ def _walk(nodes, column, ids):
         column = nodes.setdefault((column, token), len(nodes))
         columns.append(column)
     return columns
-
-
-def _ancestry(above):
-    """Return which nodes a node sees, bool [S, S], from the columns of the parents, [S]."""
-    above = np.append(above, -1)  # what stands before all texts: the last row, which is index -1
-    visible = np.eye(len(above), dtype=bool)
-    # Take over what the parent sees, then what the ancestor two above sees, then four, and so on.
-    while (above >= 0).any():
-        visible |= visible[above]
-        above = above[above]
-    return visible[:-1, :-1]
 
 
 def group(items, nodes):
@@ -146,25 +141,22 @@ def _forward(model, trees, layout):
     device = model.device
     ids = _stack([tree.ids for tree in trees], device)  # [B, S]; nobody sees the padding
     keep = torch.zeros(ids.shape, dtype=torch.bool)
-    edges = []
-    before = 0
+    edges, before = [], 0
     for b, tree in enumerate(trees):
         keep[b, tree.parents] = True
         # The logits of a tree's parents stand behind those of the tree before it.
         edges.append(tree.edges + torch.tensor([before, 0]))
         before += len(tree.parents)
     inputs = {"input_ids": ids, "use_cache": False, **_attention(trees, layout, model)}
-    if "logits_to_keep" in _arguments(type(unwrapped(model))):
+    if _takes(type(unwrapped(model)), "logits_to_keep"):
         logits = model(**inputs, logits_to_keep=keep.to(device)).logits  # [P of all trees, V]
     else:
         logits = model(**inputs).logits[keep.to(device)]
     rows, tokens = torch.cat(edges).T.to(device)
     log_probs = logits.log_softmax(-1, dtype=torch.float32)[rows, tokens]  # [E of all trees]
-    scores = []
-    for part, tree in zip(log_probs.split([len(e) for e in edges]), trees, strict=True):
-        # The zero put behind the edges stands where a phrase is over.
-        scores.append(pad(part, (0, 1))[tree.paths.to(device)])
-    return scores
+    parts = log_probs.split([len(tree.edges) for tree in trees])
+    parts = [pad(part, (0, 1)) for part in parts]  # a zero, for where a phrase is over
+    return [part[tree.paths.to(device)] for part, tree in zip(parts, trees, strict=True)]
 
 
 def _attention(trees, layout, model):
@@ -173,7 +165,7 @@ def _attention(trees, layout, model):
     A tree's mask is [B, 1, S, S]: 0 for what is seen, else the lowest number of the model's dtype.
     A bool mask would be silently wrong under eager attention.
     """
-    device, dtype = model.device, model.dtype
+    device = model.device
     if layout is None:
         return {"attention_mask": _stack([torch.ones_like(tree.ids) for tree in trees], device)}
     positions = _stack([tree.positions for tree in trees], device)  # [B, S]
@@ -181,13 +173,13 @@ def _attention(trees, layout, model):
     for b, tree in enumerate(trees):
         visible[b, :len(tree.ids), :len(tree.ids)] = tree.visible
     visible = visible.to(device)  # [B, S, S]
+    lowest = torch.finfo(model.dtype).min
     masks = {}
     for kind, window in layout.items():
         seen = visible
         if window is not None:
             seen = visible & (positions[:, :, None] - positions[:, None, :] < window)
-        mask = torch.zeros(seen.shape, dtype=dtype, device=device)
-        masks[kind] = mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+        masks[kind] = torch.where(seen, 0.0, lowest)[:, None].to(model.dtype)
     return {"position_ids": positions, "attention_mask": masks.get("single", masks)}
 
 
@@ -207,9 +199,9 @@ def _stack(rows, device):
 # Which way a model can take.
 
 @functools.lru_cache(maxsize=64)
-def _arguments(kind):
-    """Return the names of the arguments that a class of models takes."""
-    return frozenset(inspect.signature(kind.forward).parameters)
+def _takes(kind, name):
+    """Return whether a class of models has an argument of this name."""
+    return name in inspect.signature(kind.forward).parameters
 
 
 def unwrapped(model):
@@ -236,13 +228,12 @@ def mask_layout(model):
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or ())
-    others = kinds - {"full_attention", "sliding_attention"}
-    if getattr(config, "alibi", False) or "position_ids" not in _arguments(type(unwrapped(model))):
+    if getattr(config, "alibi", False) or not _takes(type(unwrapped(model)), "position_ids"):
         return "it reads positions off the columns (ALiBi, or a recurrence)"
     if config._attn_implementation not in ("sdpa", "eager"):
         return f"{config._attn_implementation} attention takes no custom mask"
-    if others:
-        return f"it has layers of other kinds ({', '.join(sorted(others))})"
+    if kinds - {"full_attention", "sliding_attention"}:
+        return f"it has layers of other kinds ({', '.join(sorted(kinds))})"
     if "sliding_attention" in kinds:
         return {"full_attention": None, "sliding_attention": window}
     return {"single": None if kinds else window}
@@ -262,8 +253,8 @@ def _layout(model, depth, width):
     layout, deep, wide = _layouts.get(inner) or (mask_layout(model), 0, 0)
     if isinstance(layout, dict) and (depth > deep or width > wide):
         # Round up, so that the check is seldom repeated.
-        deep = min(-(-max(depth, deep) // 64) * 64, context(model))
-        wide = -(-max(width, wide) // NODES) * NODES
+        deep = min((max(depth, deep) + 63) // 64 * 64, context(model))
+        wide = (max(width, wide) + NODES - 1) // NODES * NODES
         layout = _self_check(model, layout, deep, wide) or layout
     if isinstance(layout, str):
         warnings.warn(f"{type(inner).__name__}: scoring one row a phrase (exact, slower): {layout}",
@@ -279,13 +270,13 @@ def _self_check(model, layout, depth, width):
     part = max(min(depth // 4, 16), 1)  # tokens of a phrase: few, for each costs a row of logits
     # The prompts after the first; each of them adds 3 * part - 2 nodes.
     others = max(width - depth, 0) // (3 * part - 2) + 1
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    tokens = torch.arange((others + 3) * part + depth) * 7919 % vocabulary
-    a, b, c, *ends = (tuple(piece.tolist()) for piece in tokens[:-depth].split(part))
-    prompt = tuple(tokens[-depth:].tolist())[:depth - part + 1]
+    size = (others + 3) * part
+    vocabulary = len(model.get_input_embeddings().weight)
+    tokens = tuple(n * 7919 % vocabulary for n in range(size + depth - part + 1))
+    a, b, c, *ends = (tokens[i:i + part] for i in range(0, size, part))
+    prompt = tokens[size:]
     tails = (a, a[:part // 2] + b[part // 2:], c)  # two share a beginning, as the prompts do
-    items = [(prompt, tails)]
-    items += [(prompt[:len(prompt) // 2] + end, tails[1:]) for end in ends]
+    items = [(prompt, tails), *((prompt[:len(prompt) // 2] + end, tails[1:]) for end in ends)]
 
     # The rows come first. They take more memory than the tree, so memory that runs out does so
     # here and is told as what it is.
@@ -320,8 +311,6 @@ def token_log_probs(model, items, nodes=NODES):
     """
     if not items:
         return []
-    if not all(prompt_ids and tails and all(tails) for prompt_ids, tails in items):
-        raise ScoringError("an item lacks a prompt, a phrase or a phrase's tokens; give all three")
     depth = max(len(prompt_ids) + max(map(len, tails)) - 1 for prompt_ids, tails in items)
     if depth > context(model):
         raise ScoringError(f"prompt and phrase have {depth} tokens, but the model's context holds"
@@ -340,6 +329,6 @@ def token_log_probs(model, items, nodes=NODES):
                                  " or use a wider --dtype")
     found = {}
     for tree, score in zip(trees, scores, strict=True):
-        counts = [len(tails) for _, tails in tree.items]
-        found.update(zip(tree.items, score.split(counts), strict=True))
+        parts = score.split([len(tails) for _, tails in tree.items])
+        found.update(zip(tree.items, parts, strict=True))
     return [found[item] for item in items]
