@@ -29,6 +29,12 @@ class Config(ppo.Config):
 
     gradient_accumulation: int = 1  # parts of a policy minibatch: less memory, same result
 
+    def validate(self):
+        """Raise PPOError for sizes that fit neither each other nor the processes."""
+        super().validate()
+        if self.num_envs % place()[1]:
+            raise ppo.PPOError(f"num_envs must be a multiple of the {place()[1]} processes")
+
 
 class Trainer(ppo.PPO):
     """An agent in training, as ppo.PPO describes it."""
@@ -38,9 +44,6 @@ class Trainer(ppo.PPO):
     def __init__(self, make_env, agent, config, seed=0):
         """Keep this process's share of the environments."""
         self.rank, self.world = place()
-        if config.num_envs % self.world:
-            raise ppo.PPOError(f"num_envs {config.num_envs} cannot be split over {self.world}"
-                               f" processes; use a multiple of {self.world}")
         super().__init__(make_env, agent, config, seed)
         self.share = slice(self.rank * config.num_envs // self.world,
                            (self.rank + 1) * config.num_envs // self.world)
