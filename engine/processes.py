@@ -46,11 +46,12 @@ def join():
 
     Gradients travel by nccl between GPUs and by gloo between CPUs.
     """
-    names = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
     world = os.environ.get("WORLD_SIZE", "1")
     if world == "1" or dist.is_initialized():
         return place()[0]
-    if not world.isdigit() or not all(os.environ.get(name) for name in names):
+    rank, port = (os.environ.get(name, "") for name in ("RANK", "MASTER_PORT"))
+    numbers = world.isdecimal() and rank.isdecimal() and port.isdecimal()
+    if not numbers or int(rank) >= int(world) or not os.environ.get("MASTER_ADDR"):
         raise ProcessError("WORLD_SIZE is set, but not as torchrun sets it together with RANK,"
                            " MASTER_ADDR and MASTER_PORT; start with torchrun, or unset it")
     local = int(os.environ.get("LOCAL_RANK", 0))
