@@ -95,7 +95,7 @@ def test_the_steps_are_those_of_all_environments():
 
 def test_processes_that_do_not_divide_the_environments_are_told(monkeypatch):
     monkeypatch.setattr(trainer, "place", lambda: (0, 3))
-    with pytest.raises(ppo.PPOError, match="num_envs 4 cannot be split over 3") as error:
+    with pytest.raises(ppo.PPOError, match="num_envs must be a multiple of the 3 proc") as error:
         trainer.Trainer(Corridor, MLP(4, 2), CONFIG)
     assert "\n" not in str(error.value)
 
