@@ -72,6 +72,8 @@ def tokenize(tokenizer, prompt, phrases):
     tokens of tails[k] that are still the prompt's own; it is 0 otherwise.
     """
     check_text(prompt, phrases)
+    # Encode whole texts, never a phrase by itself: how a tokenizer cuts a word depends on what
+    # stands before it, and some put an opening token before every text.
     alone, *joint = encode(tokenizer, [prompt, *(f"{prompt} {phrase}" for phrase in phrases)])
     kept = [common_length(alone, ids) for ids in joint]
     cut = min(kept)
@@ -343,7 +345,10 @@ def seed_everything(seed, threads=None):
 
 
 def make_world(config):
-    """Return the maker of the environments that a command.Config names."""
+    """Return the maker of the environments that a command.Config names.
+
+    "overcooked" and "virtualhome" are ours; MODULE:CLASS is anyone's (engine/worlds.py).
+    """
     if ":" in config.env:
         return worlds.make_world(config.env, command.env_args(config))
     return functools.partial(
@@ -351,9 +356,13 @@ def make_world(config):
 
 
 def build(config):
-    """Return (agent, make_env) of a command.Config, with everything seeded."""
+    """Return (agent, make_env) of a command.Config, with everything seeded.
+
+    The seeds come first, because LoRA and the critic draw their first weights from them.
+    """
     make_env = make_world(config)
-    make_env()  # a wrong name is found before a model is loaded
+    # A wrong name is found here, before a model is loaded.
+    make_env()
     seed_everything(config.seed)
     model, tokenizer = models.load(config.model, config.dtype, config.device, config.load_in)
     command.settle_threads(model)
@@ -396,7 +405,10 @@ def train(config, run, agent, make_env, which="last"):
 
 
 def evaluate(config, options, agent):
-    """Play episodes of each task, the untrained LLM's beside a run's. Returns the exit code."""
+    """Play episodes of each task, the untrained LLM's beside a run's. Returns the exit code.
+
+    A task that the agent was not trained on tells how far it generalises.
+    """
     results = {}
     for env, task in options.tasks or [(config.env, config.task)]:
         gamma = command.preset("pocket", env, task).get("gamma", config.gamma)
