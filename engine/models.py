@@ -33,7 +33,7 @@ from engine.trie import unwrapped
 LORA_TARGETS = ("q_proj,v_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv")
 # Whether this processor multiplies bfloat16 itself. Others emulate it, which is slow.
 NATIVE = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
-LARGE = 20_000_000  # parameters from which bfloat16 is faster where it is native (measured)
+LARGE = 20_000_000  # our choice: parameters from which "auto" takes bfloat16 where it is native
 
 
 class ModelError(ValueError):
