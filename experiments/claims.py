@@ -21,9 +21,13 @@ import concurrent.futures
 import contextlib
 import csv
 import dataclasses
+import io
+import itertools
 import json
 import os
+import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,6 +46,7 @@ FORMAT = 1  # of a job's file
 TASKS = {"tomato-salad": "overcooked", "tomato-lettuce-salad": "overcooked",
          "food-preparation": "virtualhome", "entertainment": "virtualhome"}  # the paper's four
 EVERY = {task: env for env, tasks in envs.TASKS.items() for task in tasks}
+SHORT = ("tomato-salad", "food-preparation")  # the two that are learnt within a minute
 MODELS = ("pocket_lm", "smollm2")
 CURVE = ("update", "steps", "primitive_steps", "return", "success", "entropy", "kl", "cpu_seconds")
 
@@ -72,22 +77,31 @@ LEARN = {"pocket_lm": {"tomato-salad": 0.6, "tomato-lettuce-salad": 5, "food-pre
 PLAY = {"pocket_lm": 0.2, "smollm2": 1.5}
 
 
-def learn_job(options, model, norm, task, seed):
-    """Return the job of one run of the README's command."""
+def learn_job(options, model, norm, task, seed, variant="", change="", **flags):
+    """Return the job of one run of the README's command.
+
+    A variant has further flags, or a change of the code: a key of baselines.VARIANTS.
+    """
     arguments = {"env": TASKS[task], "task": task, "model": model, "norm": norm, "seed": seed}
-    minutes = LEARN[model][task] + len(EVERY) * PLAY[model]
+    minutes = LEARN[model][task]
     if options.quick:
-        arguments["steps"], minutes = 2048, minutes / 4
+        arguments["steps"], minutes = 2048, minutes / 8
     arguments["episodes"] = options.episodes or 100
-    return Job(f"learn-{model}-{norm}-{task}-{seed}", "learn", arguments, minutes)
+    if variant:
+        arguments |= {"variant": variant, "change": change, "flags": flags}
+    elif norm == "word":
+        minutes += len(EVERY) * PLAY[model]
+    name = f"learn-{model}-{norm}-{task}-{seed}" + (f"-{variant}" if variant else "")
+    return Job(name, "learn", arguments, minutes)
 
 
-def untrained_job(options, model, norm, task):
-    """Return the job that plays the prompted LLM as it comes."""
+def untrained_job(options, model, norm, task, variant=""):
+    """Return the job that plays the prompted LLM as it comes, or under another wording."""
     episodes = options.episodes or {"pocket_lm": 1000, "smollm2": 400}[model]
     arguments = {"env": EVERY[task], "task": task, "model": model, "norm": norm,
-                 "episodes": episodes}
-    return Job(f"untrained-{model}-{norm}-{task}", "untrained", arguments, 2 * PLAY[model])
+                 "episodes": episodes} | ({"variant": variant} if variant else {})
+    name = f"untrained-{model}-{norm}-{task}" + (f"-{variant}" if variant else "")
+    return Job(name, "untrained", arguments, 2 * PLAY[model])
 
 
 def random_job(options):
@@ -95,8 +109,28 @@ def random_job(options):
     return Job("random", "random", {"episodes": options.episodes or 1000}, 1.0)
 
 
+def vector_job(options, form, task, seed, name="", minutes=3.0, **more):
+    """Return the job of PPO without an LLM in a form: published, equal or tuned."""
+    arguments = {"env": TASKS[task], "task": task, "form": form, "seed": seed,
+                 "episodes": options.episodes or 100, **more}
+    if options.quick:
+        arguments["settings"], minutes = {"steps": 4096}, 0.1
+    return Job(f"ppo-{name or form}-{task}-{seed}", "ppo", arguments, minutes)
+
+
+def of_task(options, kind, model, task, minutes, **more):
+    """Return a job on the untrained LLM and one task."""
+    arguments = {"env": TASKS[task], "task": task, "model": model,
+                 "episodes": options.episodes or 400, **more}
+    name = "-".join([kind, model, *([more["norm"]] if "norm" in more else []), task])
+    return Job(name, kind, arguments, minutes)
+
+
+# Each part of the measurement is a function that returns its jobs.
+
+
 def learning_jobs(options):
-    """Return the runs of word normalisation, and beside them the untrained LLM and chance."""
+    """Word normalisation; beside it the untrained LLM and chance, on every task."""
     found = [learn_job(options, model, "word", task, seed) for model in options.models
              for seed in options.seeds for task in options.tasks]
     found += [untrained_job(options, model, "word", task) for model in options.models
@@ -104,7 +138,128 @@ def learning_jobs(options):
     return [*found, random_job(options)]
 
 
-GROUPS = {"learning": learning_jobs}
+def normalisation_jobs(options):
+    """The other two normalisations, learning and untrained, and the reasons of the difference."""
+    found = []
+    for model, task in itertools.product(options.models, options.tasks):
+        found.append(of_task(options, "prior", model, task, 6 * PLAY[model], prompts=400))
+        for norm in ("token", "sum"):
+            if model == "pocket_lm" or task in SHORT:
+                found += [learn_job(options, model, norm, task, seed) for seed in options.seeds]
+    return found + [untrained_job(options, model, norm, task) for model in options.models
+                    for norm in ("token", "sum")
+                    for task in (EVERY if model == "pocket_lm" and not options.quick
+                                 else options.tasks)]
+
+
+def baseline_jobs(options):
+    """PPO without an LLM in three forms, and TWOSOME from random weights."""
+    found = [vector_job(options, form, task, seed) for form in ("published", "equal", "tuned")
+             for task in options.tasks for seed in options.seeds]
+    return found + [learn_job(options, "pocket_lm", "word", task, seed, "random-weights",
+                              preset="pocket")
+                    for task in options.tasks for seed in options.seeds]
+
+
+def tuning_jobs(options):
+    """The search for the tuned form of PPO, on seeds that are not reported."""
+    found = []
+    for task, rate, sizes, seed in itertools.product(
+            options.tasks, (3e-4, 1e-3, 3e-3), ((8, 32), (8, 128), (32, 32)), (101, 102)):
+        num_envs, rollout_steps = sizes
+        settings = {"num_envs": num_envs, "rollout_steps": rollout_steps, "rate": rate,
+                    "minibatch": num_envs * rollout_steps // 4,
+                    "steps": 60_000 if TASKS[task] == "virtualhome" else 120_000}
+        found.append(vector_job(options, "tuned", task, seed,
+                                f"tuning-{rate:g}-{num_envs}x{rollout_steps}", 1.5,
+                                settings=settings))
+    return found
+
+
+def saycan_jobs(options):
+    """SayCan-style, with three affordances, on the LLM's score with and without division."""
+    return [of_task(options, "saycan", model, task, 3 + 4 * PLAY[model], norm=norm, seed=1,
+                    **({"judge": {"settings": {"steps": 4096}}} if options.quick else {}))
+            for model in options.models for task in options.tasks for norm in ("word", "sum")]
+
+
+def mask_jobs(options):
+    """Both home tasks without the published mask of the actions: TWOSOME, and PPO."""
+    tasks = [task for task in options.tasks if TASKS[task] == "virtualhome"]
+    found = [learn_job(options, "pocket_lm", "word", task, seed, "no-mask",
+                       **{"env-args": "mask=False"}) for task in tasks for seed in options.seeds]
+    return found + [vector_job(options, form, task, seed, f"{form}-no-mask", mask=False)
+                    for form in ("equal", "tuned") for task in tasks for seed in options.seeds]
+
+
+PRINCIPLES = ("no-cue", "no-articles", "not-named", "one-phrase", "one-verb")
+
+
+def prompt_jobs(options):
+    """Each principle broken, untrained and learning; uneven phrases; other wordings."""
+    short = [task for task in options.tasks if task in SHORT]
+    seeds = options.seeds[:3]
+    found = [untrained_job(options, model, "word", task, variant) for variant in PRINCIPLES
+             for model in options.models for task in options.tasks]
+    found += [learn_job(options, "pocket_lm", "word", task, seed, variant, variant)
+              for variant in PRINCIPLES for task in short for seed in seeds]
+    for norm in ("word", "token", "sum"):
+        found += [untrained_job(options, model, norm, task, "uneven")
+                  for model in options.models for task in options.tasks]
+        found += [learn_job(options, "pocket_lm", norm, task, seed, "uneven", "uneven")
+                  for task in short for seed in seeds]
+    for model, task, seed in itertools.product(options.models, options.tasks, seeds):
+        learned = learn_job(options, model, "word", task, seed)
+        found.append(Job(f"reworded-{model}-{task}-{seed}", "reworded",
+                         {**learned.arguments, "run": learned.name}, 8 * PLAY[model]))
+    return found
+
+
+ABLATIONS = {  # label: (change, flags)
+    "as it is": ("", {}),
+    "rank-1": ("", {"lora-rank": 1, "lora-alpha": 2}),
+    "rank-32": ("", {"lora-rank": 32, "lora-alpha": 64}),
+    "all-linear": ("", {"lora-targets": "all-linear"}),
+    "critic-adapted": ("critic-adapted", {}), "head-random": ("head-random", {}),
+    "no-floor": ("no-floor", {}), "entropy-0": ("", {"entropy": 0}),
+    "entropy-always": ("entropy-always", {}),
+    "full-finetune-1e-3": ("full-finetune", {"policy-lr": 1e-3}),
+    "full-finetune-1e-4": ("full-finetune", {"policy-lr": 1e-4}),
+    "head-alone": ("head-alone", {}),
+    "envs-64": ("", {"num-envs": 64, "minibatch": 512}),
+}
+
+
+def ablation_jobs(options):
+    """What a reader would ablate: short runs with pocket_lm; the number format with SmolLM2."""
+    tasks = [task for task in options.tasks if task in SHORT]
+    found = [learn_job(options, "pocket_lm", "word", task, seed, label, change, **flags)
+             for label, (change, flags) in ABLATIONS.items() if label != "as it is"
+             for task in tasks for seed in options.seeds[:3]]
+    if "smollm2" in options.models:
+        found += [learn_job(options, "smollm2", "word", task, seed, dtype, dtype=dtype)
+                  for dtype in ("float32", "bfloat16") for task in tasks
+                  for seed in options.seeds[:1]]
+    return found
+
+
+def retention_jobs(options):
+    """What the LLM keeps of itself: agents of two tasks at least, three seeds each."""
+    found = []
+    for model, task, seed in itertools.product(options.models, options.tasks, options.seeds[:3]):
+        learned = learn_job(options, model, "word", task, seed)
+        arguments = {**learned.arguments, "run": learned.name}
+        if options.quick:
+            arguments["tokens"] = 4000
+        found.append(Job(f"retention-{model}-{task}-{seed}", "retention", arguments,
+                         {"pocket_lm": 1, "smollm2": 8}[model]))
+    return found
+
+
+GROUPS = {"learning": learning_jobs, "normalisation": normalisation_jobs,
+          "baselines": baseline_jobs, "saycan": saycan_jobs, "mask": mask_jobs,
+          "retention": retention_jobs, "prompts": prompt_jobs, "ablations": ablation_jobs,
+          "tuning": tuning_jobs}
 
 
 def table_of_jobs(options):
@@ -119,30 +274,30 @@ def table_of_jobs(options):
 
 def learn(job, folder):
     """Train by the README's command, or go on with it; then play the tasks it never saw."""
-    kept = os.path.join(folder, "claims.json")  # what was measured before an interruption
-    facts = read_json(kept) if os.path.exists(kept) else {"peak_mib": 0.0, "transfer": {}}
-    if not os.path.exists(os.path.join(folder, "summary.json")):
-        train(job, folder, facts)
+    facts = trained(job, folder)
     facts["settings"] = read_json(os.path.join(folder, "config.json"))
-    facts["settings"].pop("out")  # a folder of this machine
+    for name in ("out", "model"):  # folders of this machine; the job names the model
+        facts["settings"].pop(name)
     facts["summary"] = read_json(os.path.join(folder, "summary.json"))
     facts["curve"] = read_curve(os.path.join(folder, "metrics.csv"))
+    if "variant" in job or job["norm"] != "word":
+        return facts
     import twosome
     agent, _ = twosome.load(folder)
     for task, env in EVERY.items():
         if task not in (job["task"], *facts["transfer"]):
             facts["transfer"][task] = play(agent, env, task, job["episodes"])
-            write_json(kept, facts)
+            write_json(os.path.join(folder, "claims.json"), facts)
     return facts
 
 
-def train(job, folder, facts):
-    """Run twosome.py in a process of its own. Its peak memory goes into `facts`."""
-    flags = ["--resume", folder]
-    if not os.path.exists(os.path.join(folder, "config.json")):
-        flags = [f"--{name}={job[name]}" for name in job] + ["--out", folder]
-    command = [sys.executable, os.path.join(ROOT, "twosome.py"), *flags]
-    child = subprocess.Popen(command)
+def trained(job, folder):
+    """See to it that the run in a folder is finished. Returns what was measured beside it."""
+    kept = os.path.join(folder, "claims.json")  # what was measured before an interruption
+    facts = read_json(kept) if os.path.exists(kept) else {"peak_mib": 0, "transfer": {}}
+    if os.path.exists(os.path.join(folder, "summary.json")):
+        return facts
+    child = subprocess.Popen([sys.executable, *command_of(job, folder)])
     # A process that is asked to end passes it on, so that the run writes its checkpoint.
     signal.signal(signal.SIGTERM, lambda number, frame: child.send_signal(number))
     code = child.wait()
@@ -151,9 +306,29 @@ def train(job, folder, facts):
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     facts["peak_mib"] = max(facts["peak_mib"], round(peak))
     if os.path.isdir(folder):
-        write_json(os.path.join(folder, "claims.json"), facts)
+        write_json(kept, facts)
     if code:
         sys.exit(code)
+    return facts
+
+
+def command_of(job, folder):
+    """Return the command that begins a run or goes on with it: a script and its flags."""
+    change = job.get("change", "")
+    script = ["experiments/baselines.py", change] if change else ["twosome.py"]
+    script = [os.path.join(ROOT, script[0]), *script[1:]]
+    if change in ("full-finetune", "head-alone"):
+        # A checkpoint keeps an adapter alone, which these do not train: begin again.
+        shutil.rmtree(folder, ignore_errors=True)
+    if os.path.exists(os.path.join(folder, "config.json")):
+        return [*script, "--resume", folder]
+    names = ("env", "task", "model", "norm", "seed", "steps", "episodes")
+    flags = {name: job[name] for name in names if name in job} | job.get("flags", {})
+    if job.get("variant") == "random-weights":
+        from experiments import baselines
+        flags["model"] = f"{folder}-model"
+        baselines.random_weights(job["model"], job["seed"], flags["model"])
+    return [*script, *(f"--{name}={value}" for name, value in flags.items()), "--out", folder]
 
 
 def read_curve(path):
@@ -175,9 +350,11 @@ def play(agent, env, task, episodes):
 
 
 def untrained(job, folder):
-    """Play the prompted LLM as it comes."""
+    """Play the prompted LLM as it comes, under our wording or another."""
     import twosome
     from engine import command
+    from experiments import baselines
+    baselines.vary(job.get("variant", ""))
     flags = [f"--{name}={job[name]}" for name in ("env", "task", "model", "norm")]
     config, _ = command.parse(flags)
     agent, _ = twosome.build(config)
@@ -196,7 +373,42 @@ def random(job, folder):
     return {"results": results}
 
 
-KINDS = {"learn": learn, "untrained": untrained, "random": random}
+def ppo_alone(job, folder):
+    """Train PPO without an LLM."""
+    from experiments import baselines
+    return baselines.vector(job)[1]
+
+
+def saycan(job, folder):
+    """Play SayCan-style."""
+    from experiments import baselines
+    return baselines.saycan(job)
+
+
+def prior(job, folder):
+    """Look at the untrained policy under the three normalisations."""
+    from experiments import baselines
+    return baselines.prior(job)
+
+
+def reworded(job, folder):
+    """Play a trained agent under other wordings. Its run is made again if it was thrown away."""
+    run = os.path.join(os.path.dirname(folder), job["run"])
+    trained(job, run)
+    from experiments import baselines
+    return baselines.reworded(job, run)
+
+
+def retention(job, folder):
+    """Measure what a trained agent's LLM keeps of itself."""
+    run = os.path.join(os.path.dirname(folder), job["run"])
+    trained(job, run)
+    from experiments import retention as keeping
+    return keeping.measure(run, job.get("tokens"))
+
+
+KINDS = {"learn": learn, "untrained": untrained, "random": random, "ppo": ppo_alone,
+         "saycan": saycan, "prior": prior, "reworded": reworded, "retention": retention}
 
 
 def work(text, options):
@@ -353,13 +565,278 @@ def listing(options):
     return 0
 
 
+# -----------------------------------------------------------------------------
+# Statistics.
+
+# Student's t: the 97.5 % quantile for 1 to 30 degrees of freedom; beyond, the normal one and the
+# first term of its expansion, (z^3 + z) / 4 divided by the degrees of freedom.
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179,
+         2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064,
+         2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
+
+
+def t_quantile(freedom):
+    """Return the 97.5 % quantile of Student's t; NaN without a degree of freedom."""
+    if freedom < 1:
+        return float("nan")
+    return T_975[freedom - 1] if freedom <= len(T_975) else 1.96 + 2.372 / freedom
+
+
+def across(values, axis=0):
+    """Return (mean, half width of its 95 % interval) of some seeds; NaN for a single one."""
+    values = np.asarray(values, dtype=float)
+    count = values.shape[axis]
+    if count < 2:
+        return values.mean(axis), np.full_like(values.mean(axis), np.nan)
+    spread = values.std(axis, ddof=1) / count**0.5
+    return values.mean(axis), t_quantile(count - 1) * spread
+
+
+# -----------------------------------------------------------------------------
+# The report: tables and pictures, from the stored files alone.
+
+
+def select(found, kind, **arguments):
+    """Return the records of a kind with these arguments; None stands for one that is absent."""
+    return [record for record in found if record["kind"] == kind
+            and all(record["arguments"].get(name) == value for name, value in arguments.items())]
+
+
+@dataclasses.dataclass
+class Table:
+    """A table of the report. Its marker in a README is `<!-- group key -->`."""
+
+    group: str  # tables of a group share a .md file
+    key: str
+    header: list
+    rows: list  # of texts
+
+    def markdown(self):
+        """Return the table in Markdown."""
+        rule = ["---"] + ["---:"] * (len(self.header) - 1)
+        return "\n".join(f"| {' | '.join(row)} |" for row in (self.header, rule, *self.rows)) + "\n"
+
+
+def given(value, form):
+    """Return a number as a text, or a dash where there is none."""
+    return "-" if value is None or not np.isfinite(value) else format(value, form)
+
+
+def plus_minus(values, form=".3f"):
+    """Return "mean ± half width", or the mean alone of a single seed."""
+    mean, half = across(values)
+    return format(mean, form) + (f" ± {half:{form}}" if np.isfinite(half) else "")
+
+
+def span(values, form=",.0f"):
+    """Return "least to most"."""
+    low, high = (format(value, form) for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
+
+
+def played(result):
+    """Return the return and the success rate of an evaluation; a dash where there is none."""
+    return f"{result['return']:.3f} ({result['success']:.1%})" if result else "-"
+
+
+def untrained_result(found, model, task, norm="word"):
+    """Return the evaluation of the untrained LLM, or None."""
+    records = select(found, "untrained", model=model, task=task, norm=norm, variant=None)
+    return records[0]["result"] if records else None
+
+
+def random_result(found, task):
+    """Return the evaluation of chance, or None."""
+    records = select(found, "random")
+    return records[0]["results"][task] if records else None
+
+
+def trained_runs(found, model, task, norm="word"):
+    """Return the records of the plain runs, in the order of their seeds."""
+    runs = select(found, "learn", model=model, task=task, norm=norm, variant=None)
+    return sorted(runs, key=lambda record: record["arguments"]["seed"])
+
+
+def learning_tables(found):
+    """Return for each LLM what it learned on each task, every seed by itself."""
+    header = ["task", "steps", "primitive steps", "return of each seed", "mean ± 95 %",
+              "best possible", "success", "untrained LLM", "random", "CPU seconds", "peak MiB"]
+    tables = []
+    for model in MODELS:
+        rows = []
+        for task in TASKS:
+            runs = trained_runs(found, model, task)
+            if runs:
+                rows.append(learning_row(found, model, task, runs))
+        tables.append(Table("learning", model, header, rows))
+    return [table for table in tables if table.rows]
+
+
+def learning_row(found, model, task, runs):
+    """Return a row of the table of learning."""
+    ends = [run["summary"] for run in runs]
+    returns = [end["return"] for end in ends]
+    return [task, f"{ends[0]['steps']:,}", span([end["primitive_steps"] for end in ends]),
+            ", ".join(f"{value:.4f}" for value in returns), plus_minus(returns, ".4f"),
+            given(ends[0]["best"], ".4f"), f"{np.mean([end['success'] for end in ends]):.1%}",
+            played(untrained_result(found, model, task)), played(random_result(found, task)),
+            span([end["cpu_seconds"] for end in ends]), span([run["peak_mib"] for run in runs])]
+
+
+def transfer_tables(found):
+    """Return for each LLM how agents of one task do on all others: return, and success."""
+    tables = []
+    for model in MODELS:
+        runs = {task: trained_runs(found, model, task) for task in TASKS}
+        sources = [task for task in TASKS if runs[task]]
+        header = ["played", *(f"trained on {task}" for task in sources), "untrained LLM", "random"]
+        rows = [[task, *(elsewhere(runs[source], task) for source in sources),
+                 played(untrained_result(found, model, task)), played(random_result(found, task))]
+                for task in EVERY]
+        if sources:
+            tables.append(Table("transfer", model, header, rows))
+    return tables
+
+
+def elsewhere(runs, task):
+    """Return a cell: the runs' return on a task, with its interval over seeds, and success."""
+    found = [run["transfer"].get(task) or run["summary"] for run in runs]
+    success = np.mean([result["success"] for result in found])
+    return f"{plus_minus([result['return'] for result in found])} ({success:.0%})"
+
+
+TABLES = (learning_tables, transfer_tables)
+
+
+def report(options):
+    """Write tables and pictures, and put the tables into both READMEs. Returns 0."""
+    found = records(options)
+    tables = [table for make in TABLES for table in make(found)]
+    texts = {}
+    for table in tables:
+        text = f"## {table.group}: {table.key}\n\n{table.markdown()}\n"
+        texts[table.group] = texts.get(table.group, "") + text
+        write_csv(options, f"{table.group}-{table.key}", [table.header, *table.rows])
+    for group, text in texts.items():
+        write_text(os.path.join(options.out, f"{group}.md"), text)
+    write_csv(options, "learning", list_of_runs(found))
+    draw(options, found)
+    blocks = {f"{table.group} {table.key}": table.markdown() for table in tables}
+    for path in options.readmes:
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                write_text(path, filled_in(file.read(), blocks))
+    return 0
+
+
+def list_of_runs(found):
+    """Return the rows of learning.csv: every run that learned, one a row."""
+    names = ("model", "norm", "variant", "form", "task", "seed")
+    ends = ("steps", "primitive_steps", "return", "success", "best", "cpu_seconds")
+    rows = [["kind", *names, *ends, "peak_mib"]]
+    for record in found:
+        if "curve" in record:
+            rows.append([record["kind"], *(record["arguments"].get(name, "") for name in names),
+                         *(record["summary"][name] for name in ends), record.get("peak_mib", "")])
+    return rows
+
+
+def filled_in(text, blocks):
+    """Return a README with each `<!-- name -->` ... `<!-- end -->` holding its block."""
+    def block(match):
+        inner = blocks.get(match[1])
+        return match[0] if inner is None else f"<!-- {match[1]} -->\n{inner}<!-- end -->"
+
+    return re.sub(r"<!-- (\w+ [\w-]+) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
+
+
+def write_text(path, text):
+    """Write a text, whole or not at all."""
+    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(f"{path}.tmp", path)
+
+
+def write_csv(options, name, rows):
+    """Write a table as comma-separated values."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_text(os.path.join(options.out, f"{name}.csv"), text.getvalue())
+
+
+# -----------------------------------------------------------------------------
+# Pictures.
+
+
+def curve(runs, axis):
+    """Return (x, mean, half width) of the runs' returns along "steps" or "primitive_steps"."""
+    lines = []
+    for run in runs:
+        points = [(x or 0, y) for x, y in zip(run["curve"][axis], run["curve"]["return"],
+                                              strict=True) if y is not None]
+        lines.append(np.array(points).T)  # [2, points]
+    x = np.linspace(0, min(line[0, -1] for line in lines), 200)
+    return x, *across([np.interp(x, *line) for line in lines])
+
+
+def methods(found, task):
+    """Return {label: runs} of what is drawn for a task."""
+    lines = {}
+    for model in MODELS:
+        for norm in ("word", "token", "sum"):
+            lines[f"{model}, {norm}"] = trained_runs(found, model, task, norm)
+    return {label: runs for label, runs in lines.items() if runs}
+
+
+def draw(options, found):
+    """Draw return while learning, a panel a task: by primitive steps, and by macro-actions."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    for axis, name, label in (("primitive_steps", "learning", "primitive steps"),
+                              ("steps", "learning-actions", "macro-actions")):
+        figure = Figure(figsize=(12, 3.2), layout="constrained")
+        panels = figure.subplots(1, len(TASKS))
+        for panel, task in zip(panels, TASKS, strict=True):
+            draw_task(panel, found, task, axis)
+            panel.set(title=task, xlabel=label)
+        handles = {text: line for panel in panels
+                   for line, text in zip(*panel.get_legend_handles_labels(), strict=True)}
+        panels[0].set_ylabel("return, mean and 95 %")
+        if handles:
+            figure.legend(handles.values(), handles, loc="outside lower center", ncols=6,
+                          frameon=False)
+        # Without a date and with fixed names, the same results give the same file.
+        with rc_context({"svg.hashsalt": "twosome"}):
+            figure.savefig(os.path.join(options.out, f"{name}.png"), dpi=120)
+            figure.savefig(os.path.join(options.out, f"{name}.svg"), metadata={"Date": None})
+
+
+def draw_task(panel, found, task, axis):
+    """Draw the curves of a task, the best possible return and chance."""
+    for label, runs in methods(found, task).items():
+        x, mean, half = curve(runs, axis)
+        line, = panel.plot(x, mean, label=label, linewidth=1.2)
+        panel.fill_between(x, mean - half, mean + half, color=line.get_color(), alpha=0.2,
+                           linewidth=0)
+    best = envs.make(TASKS[task], task=task).best_return
+    panel.axhline(best, color="black", linewidth=0.8, linestyle="--", label="best possible")
+    if chance := random_result(found, task):
+        panel.axhline(chance["return"], color="grey", linewidth=0.8, linestyle=":", label="random")
+
+
+# -----------------------------------------------------------------------------
+# The command.
+
+
 def parse(argv):
     """Return the options of a command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS),
-                        help="measure these parts alone")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    quick = "--quick" in (sys.argv[1:] if argv is None else argv)
+    parser.add_argument("--only", nargs="+", choices=GROUPS, help="measure these parts alone",
+                        default=[name for name in GROUPS if name != "tuning"])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS[:1 + (not quick)])
+    parser.add_argument("--tasks", nargs="+", choices=TASKS,
+                        default=SHORT if quick else list(TASKS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--jobs", type=int, default=2, help="jobs side by side, one core each")
     parser.add_argument("--list", action="store_true", help="show the jobs and run none")
@@ -375,6 +852,9 @@ def parse(argv):
     options.work = os.path.abspath(options.work or os.path.join(ROOT, "runs", name))
     usual = os.path.join(options.work, "results") if options.quick else RESULTS
     options.out = os.path.abspath(options.out or usual)
+    # Only what was measured in earnest goes into a README.
+    options.readmes = [os.path.join(ROOT, folder, "README.md") for folder in ("", "experiments")
+                       if options.out == RESULTS]
     return options
 
 
@@ -384,6 +864,8 @@ def main(argv=None):
     try:
         if options.job:
             return work(options.job, options)
+        if options.report:
+            return report(options)
         return listing(options) if options.list else campaign(options)
     except ClaimsError as error:
         print(f"claims.py: {error}", file=sys.stderr)
