@@ -27,8 +27,14 @@ training are in ppo.py.
 import contextlib
 import dataclasses
 import functools
+import os
 import random
+import signal
 import sys
+
+if __name__ == "__main__":
+    # The imports take seconds. Until they are done, Ctrl-C ends the program without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
@@ -171,10 +177,12 @@ def policy(token_log_probs, tails, seams, phrases, normalization):
     prompt. These count, or the events would not share one past; but they are nobody's length, or
     the odds of two actions would depend on a third.
     """
-    columns = torch.arange(token_log_probs.shape[1], device=token_log_probs.device)
-    of_prompt = columns < torch.tensor(seams, device=columns.device)[:, None]  # [A, T]
-    seam = (token_log_probs * of_prompt).sum(-1)  # [A]
-    joint = (token_log_probs * ~of_prompt).sum(-1)  # [A] log P(a_k | d), equation 2
+    joint = token_log_probs.sum(-1)  # [A] log P(a_k | d), equation 2
+    seam = torch.zeros_like(joint)
+    if any(seams):
+        parts = [row[:length] for row, length in zip(token_log_probs, seams, strict=True)]
+        seam = torch.stack([part.sum() for part in parts])  # [A]
+        joint = joint - seam
     tokens = [len(tail) - length for tail, length in zip(tails, seams, strict=True)]
     words = [len(phrase.split()) for phrase in phrases]
     return normalize(joint, tokens, words, normalization, seam)
@@ -350,9 +358,9 @@ def make_world(config):
     "overcooked" and "virtualhome" are ours; MODULE:CLASS is anyone's (engine/worlds.py).
     """
     if ":" in config.env:
-        return worlds.make_world(config.env, command.env_args(config))
-    return functools.partial(
-        envs.make, config.env, task=config.task, gamma=config.gamma, **command.env_args(config))
+        return worlds.make_world(config.env, worlds.read_arguments(config.env_args))
+    return functools.partial(envs.make, config.env, task=config.task, gamma=config.gamma,
+                             **worlds.read_arguments(config.env_args))
 
 
 def build(config):
@@ -365,7 +373,8 @@ def build(config):
     make_env()
     seed_everything(config.seed)
     model, tokenizer = models.load(config.model, config.dtype, config.device, config.load_in)
-    command.settle_threads(model)
+    if model.num_parameters() < 2e7 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # a second one gives nothing, and must not change the bits
     agent = Agent(model, tokenizer, config.norm, config.lora_rank, config.lora_alpha,
                   config.lora_targets)
     return agent, make_env
@@ -473,6 +482,7 @@ def dispatch(argv, gate):
 
 def main(argv=None):
     """Run the command: exit code 0, 1 (the machine failed), 2 (bad input) or 128 + a signal."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with command.Gate() as gate:
         gate.code = dispatch(argv, gate)
     return gate.code

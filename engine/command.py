@@ -4,11 +4,10 @@ One gate stands at each border: `parse` for what is typed, `say` for what reache
 `Gate` for what goes wrong.
 """
 import argparse
-import ast
-import contextlib
 import dataclasses
 import difflib
 import inspect
+import json
 import os
 import re
 import shlex
@@ -65,33 +64,17 @@ LIMITS = {"num_envs": 4096, "episodes": 10**4, "lora_rank": 4096, "seed": 2**32 
 CHOICES = {"norm": ("word", "token", "sum", "none"), "load_in": ("", "8bit", "4bit"),
            "dtype": ("auto", "float32", "bfloat16", "float16")}
 
-HOME, KITCHEN = {"gamma": 0.95}, {"gamma": 0.99}
-# Our choice, tuned for pocket_lm on seeds from 101 on, never on the seeds that are reported.
-POCKET = {"all": {"num_envs": 8, "rollout_steps": 32, "epochs": 2, "minibatch": 64,
-                  "policy_lr": 2e-3, "critic_lr": 1e-3, "entropy": 0.005},
-          "overcooked": {**KITCHEN, "steps": 30_720}, "virtualhome": {**HOME, "steps": 10_240},
-          "tomato-salad": {"steps": 12_800}, "entertainment": {"steps": 30_720}}
-# Our choice, tuned for SmolLM2-135M on seeds from 101 on. Where states are few, samples are
-# nearly free and distinct prompts are not: entertainment takes many environments.
-SMOLLM2 = {"all": {**POCKET["all"], "policy_lr": 3e-4}, "overcooked": {**KITCHEN, "steps": 40_960},
-           "virtualhome": {**HOME, "steps": 7_680}, "tomato-salad": {"steps": 7_680},
-           "entertainment": {"steps": 61_440, "num_envs": 64, "minibatch": 512, "policy_lr": 5e-4}}
-# Published scripts, to the number, for the four published tasks; the other tasks borrow them. The
-# LoRA weights were in half precision there: in float32 these rates learn far slower.
-PAPER = {"all": {"num_envs": 4, "rollout_steps": 32, "epochs": 1, "minibatch": 32,
-                 "gradient_accumulation": 8, "clip": 0.2, "entropy": 0.01, "gae_lambda": 0.95,
-                 "value_coefficient": 0.5, "max_grad_norm": 0.5, "target_kl": 0.02, "norm": "word",
-                 "lora_rank": 8, "lora_alpha": 16},
-         "overcooked": {**KITCHEN, "steps": 500_000, "policy_lr": 5e-7, "critic_lr": 1e-5},
-         "virtualhome": {**HOME, "steps": 50_000, "policy_lr": 1e-6, "critic_lr": 5e-5},
-         "entertainment": {"steps": 200_000}}
-PRESETS = {"pocket": POCKET, "smollm2": SMOLLM2, "hub": SMOLLM2, "paper": PAPER}
-PRESETS_OF = {"pocket_lm": "pocket", "smollm2": "smollm2"}  # any other model: hub
+PRESETS_OF = {"pocket_lm": "pocket"}  # any other model: smollm2
 
 
 def preset(name, env, task):
-    """Return what a preset gives to a task, {field: value}: later rows of its table win."""
-    table = PRESETS[known("preset", name, PRESETS)]
+    """Return what a preset gives to a task, {field: value}: later rows of its table win.
+
+    The tables and their sources are in presets.json; "hub" is another name of smollm2's.
+    """
+    with open(os.path.join(os.path.dirname(__file__), "presets.json"), encoding="utf-8") as file:
+        presets = json.load(file)
+    table = presets[known("preset", "smollm2" if name == "hub" else name, presets)]
     return {**table["all"], **table.get(env, {}), **table.get(task, {})}
 
 
@@ -101,7 +84,7 @@ def known(kind, name, names):
         return name
     near = difflib.get_close_matches(name, [*names], 1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise ppo.PPOError(f"unknown {kind} {name[:60]!r}{hint} choose one of "
+    raise ppo.PPOError(f"unknown {kind} {name[:60]!r}{hint}; choose one of "
                        + ", ".join(filter(None, names)))
 
 
@@ -117,19 +100,6 @@ def check(config):
         known(name, getattr(config, name), choices)
     config.validate()
     return config
-
-
-def env_args(config):
-    """Return the options that --env-args gives to the world: {name: value}."""
-    found = {}
-    for part in filter(None, config.env_args.split(",")):
-        name, equals, text = part.partition("=")
-        if not equals:
-            raise ppo.PPOError(f"--env-args has {part[:40]!r}; write key=value,key=value")
-        found[name.strip()] = text
-        with contextlib.suppress(ValueError, SyntaxError):
-            found[name.strip()] = ast.literal_eval(text)
-    return found
 
 
 # -----------------------------------------------------------------------------
@@ -151,11 +121,10 @@ def parser():
     """Return the parser of the command line."""
     texts = "".join(inspect.getsource(kind) for kind in (ppo.Config, trainer.Config, Config))
     texts = dict(re.findall(r"^    (\w+): \w+ = .*  # (.*)$", texts, re.MULTILINE))
-    made = Parser(prog="twosome.py", usage="python twosome.py [FLAGS]", allow_abbrev=False,
+    made = Parser(usage="python twosome.py [FLAGS]", allow_abbrev=False, add_help=False,
                   description="TWOSOME: align an LLM with an embodied world through PPO.",
                   epilog="In brackets: the default. A preset sets its own for each task.",
-                  add_help=False, formatter_class=lambda prog: argparse.HelpFormatter(
-                      prog, max_help_position=25, width=80))
+                  formatter_class=lambda prog: argparse.HelpFormatter(prog, 2, 25, 80))
     types = {field.name: field for field in dataclasses.fields(Config)}
     groups = {title: made.add_argument_group(title) for title in (*GROUPS, "looking")}
     for title, names in GROUPS.items():
@@ -163,9 +132,8 @@ def parser():
             default = f" ({types[name].default})" if types[name].default != "" else ""
             groups[title].add_argument("--" + name.replace("_", "-"), type=types[name].type,
                                        metavar="X", help=texts[name] + default)
-    running, looking = groups["running"].add_argument, groups["looking"].add_argument
-    groups["PPO"].add_argument("--preset", metavar="X",
-                               help="pocket, smollm2, hub or paper (the model's own)")
+    learning, running, looking = (groups[title].add_argument for title in [*groups][2:])
+    learning("--preset", metavar="X", help="pocket, smollm2, hub or paper (the model's own)")
     running("--resume", metavar="RUN", help="go on with an interrupted run")
     running("--from", metavar="X", help="the checkpoint to go on from (the last)")
     running("-h", "--help", action="help", help="show this page")
@@ -214,9 +182,10 @@ def new_config(given, options):
     if options.tasks:
         given = {**given, "env": options.tasks[0][0], "task": options.tasks[0][1]}
     env, task = placed(given.get("env"), given.get("task"))
-    name = options.preset or PRESETS_OF.get(given.get("model", "pocket_lm"), "hub")
+    name = options.preset or PRESETS_OF.get(given.get("model", "pocket_lm"), "smollm2")
     config = Config(**{**preset(name, env, task), **given, "env": env, "task": task})
-    if os.path.exists(config.model) and config.model not in PRESETS_OF:  # a run must find it again from another folder
+    # A run must find its model again from another folder.
+    if os.path.exists(config.model) and config.model not in ("pocket_lm", "smollm2"):
         config.model = os.path.abspath(config.model)
     return check(config)
 
@@ -279,13 +248,6 @@ def title(config, joint=", "):
     return joint.join(parts)
 
 
-def settle_threads(model):
-    """Use one thread for a small model on a CPU: a second one gives nothing and changes bits."""
-    small = model.device.type == "cpu" and model.num_parameters() < 2e7
-    if small and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
-
-
 # -----------------------------------------------------------------------------
 # Printing.
 
@@ -307,7 +269,7 @@ def say(text=""):
         for line in str(text).split("\n"):
             print(escape(line), flush=True)
     except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout = open(os.devnull, "w")
 
 
 def bar(total, unit, **options):
@@ -383,18 +345,20 @@ class Gate:
             self.code = code
             who = f"process {self.rank}: " if self.rank else ""
             runs.tell("twosome.py: " + who + clean(text + (hint if code != 2 else "")))
+            if getattr(error, "traceback", ""):  # of somebody's own world: it is their code
+                runs.tell("\n".join(map(escape, error.traceback.split("\n"))))
         return True
 
 
 def explained(error):
     """Return (text, exit code) of an exception; code None for a bug, whose traceback is wanted."""
-    memory = isinstance(error, MemoryError) or "allocate memory" in str(error)
-    if isinstance(error, torch.OutOfMemoryError) or (memory and isinstance(error, RuntimeError)):
+    full = isinstance(error, RuntimeError) and "allocate memory" in str(error)  # how a CPU says it
+    if full or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return ("memory ran out; raise --gradient-accumulation, or take a smaller model or"
                 " --dtype bfloat16"), 1
     if isinstance(error, BAD_INPUT):
         return str(error), 2
-    if isinstance(error, (OSError, FloatingPointError, processes.ProcessLost, MemoryError)):
+    if isinstance(error, (OSError, FloatingPointError, processes.ProcessLost)):
         return str(error), 1
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
