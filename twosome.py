@@ -482,7 +482,8 @@ def dispatch(argv, gate):
 
 def main(argv=None):
     """Run the command: exit code 0, 1 (the machine failed), 2 (bad input) or 128 + a signal."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with contextlib.suppress(ValueError):  # outside the main thread there is nothing to restore
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with command.Gate() as gate:
         gate.code = dispatch(argv, gate)
     return gate.code
