@@ -1,257 +1,451 @@
-"""Prompts: named state -> prompt text and one phrase for every action (TWOSOME, arXiv 2401.14151, section 4.4).
+"""Prompts: from a named state to a prompt and one phrase for every action (section 4.4).
 
-    render(state)           info["state"] of envs.py -> (prompt, phrases); phrases stand in the order of the action names
-    lint(prompt, phrases)   the rules that these texts keep, as a check for your own prompts too: a list of violations
+TWOSOME, arXiv 2401.14151. The LLM scores each phrase as the continuation of the prompt, so the
+wording is part of the method.
 
-The policy scores each phrase as the continuation of the prompt, so wording is part of the method. The four principles of
-section 4.4, each named where it is applied:
-    1. Cohesion: prompt + " " + phrase reads as one sentence. The space belongs to the phrase, the prompt never ends in one.
-    2. Articles: every noun keeps its "the", "a" or "an".
-    3. Step by step: the prompt ends on a cue for the NEXT step, else the model jumps to the goal.
-    4. Distinguishable actions: phrases that would differ in one noun only begin with different verbs.
-An action that would do nothing now says so ("chop nothing"), which makes it improbable.
+    render(state)           info["state"] of envs.py -> (prompt, phrases), one phrase an action
+    lint(prompt, phrases)   the same rules as a check for your own texts: a list of violations
 
-    >>> render({"environment": "overcooked", "recipe": ["onion"], "foods": ["tomato"], "boards": ["board1"],
-    ...         "places": {"tomato": "hand"}, "chops": {"tomato": 0}, "holding": "tomato", "next_to": []})[0]
+The paper's four principles, each named again where it acts:
+
+    1. Cohesion. Prompt, space and phrase read as one sentence: the prompt ends on a cue for the
+       next step, and the phrase goes on from it.
+    2. Articles. Every noun keeps its "the", "a" or "an", because the LLM learned good English.
+    3. Preferred actions appear in the observation. An LLM finds words likelier that it has just
+       read. So the prompt names the things that are worth using now, and not the pointless ones.
+    4. One action, different phrases. The same action is told differently where it does something
+       different, and what would do nothing says so ("chop nothing").
+
+Two rules are ours and not the paper's:
+
+    Verbs. Phrases that would differ in one noun only begin with different verbs. With one verb
+           for every walk, an untrained LLM solves far fewer tasks.
+    Seam.  Exactly one space joins prompt and phrase, and it belongs to the phrase: the prompt
+           never ends in a space. Another space there would change the tokens.
+
+    >>> render({"environment": "overcooked", "recipe": ["onion"], "foods": ["tomato"],
+    ...         "boards": ["board1"], "places": {"tomato": "hand"}, "chops": {"tomato": 0},
+    ...         "holding": "tomato", "next_to": []})[0]
     'You want to make an onion salad. You hold the tomato. Your next step is to'
 
-Where the wording is ours: all of it. The paper's principles are kept, its sentences (and those of its published code) are not.
-Imports nothing of the project, needs no package: copy this file alone, or write your own render for your own environment.
+All sentences are our own wording, neither the paper's nor that of its published scripts. This
+file imports nothing of the project and needs no package: copy it alone. For your own world, write
+a function like render, and let lint look at what it says.
 """
 import re
+from itertools import combinations
+from types import SimpleNamespace
 
-CUE = "Your next step is to"  # principle 3
 
-# Principle 4: a verb of its own for each thing that can be got: (get it, walk to it, add it to the bowl).
-OVERCOOKED_VERBS = {
+class PromptError(ValueError):
+    """A state or a text that this module cannot use. The message says what would be right."""
+
+
+# Principle 1: the cue for the next step, on which every prompt ends.
+CUE = "Your next step is to"
+
+# Our rule, verbs: each thing has its own. For food: get it, walk to it, add it to the bowl.
+FOOD_VERBS = {
     "tomato": ("pick up", "walk to", "put the tomato in the bowl"),
     "lettuce": ("take", "go to", "add the lettuce to the bowl"),
     "onion": ("fetch", "move to", "drop the onion into the bowl"),
-    "bowl": ("grab", "head to", None),
 }
-BOARDS = {"board1": "the first board", "board2": "the second board"}
-BOARD_VERBS = {"board1": ("approach", "put", "fill"), "board2": ("visit", "lay", "load")}  # walk to, put down on, fill the bowl at
+PLACES = {"board1": "the first board", "board2": "the second board",
+          "delivery": "the serving counter"}
+# For a board: walk to it, put something down on it, fill the bowl at it.
+BOARD_VERBS = {"board1": ("approach", "put", "fill"), "board2": ("visit", "lay", "load")}
 
-# Principle 4 again: a verb of its own for each room and for each thing in a home: (walk to it, grab it, put it down).
-ROOM_VERBS = {"living room": "enter", "kitchen": "go to", "bathroom": "visit", "bedroom": "proceed to"}
-HOME_VERBS = {
-    "food": ("walk to", "grab", "put"), "appliance": ("move to", None, None),
-    "chips": ("walk to", "grab", "put"), "milk": ("head to", "take", "place"),
-    "coffee table": ("reach", None, None), "tv": ("move to", None, None), "sofa": ("approach", None, None),
-}
-GOAL_VERBS = {"microwave": "heat", "oven": "heat", "dishwasher": "wash", "washing machine": "wash"}  # any other: "put"
+# The home's two kinds of task. Its verbs: go to a room; walk to a thing; grab it; put it down.
+ROOM_VERBS = {"living room": "enter", "kitchen": "go to", "bathroom": "visit",
+              "bedroom": "proceed to"}
+WALK_VERBS = {"food": "walk to", "appliance": "move to", "chips": "walk to", "milk": "head to",
+              "coffee table": "reach", "tv": "move to", "sofa": "approach"}
+GRAB_VERBS = {"food": "grab", "chips": "grab", "milk": "take"}
+PUT_VERBS = {"food": "put", "chips": "put", "milk": "place"}
+# What an appliance is wanted for. Something is "put" in any other.
+GOAL_VERBS = {"microwave": "heat", "oven": "heat", "dishwasher": "wash", "washing machine": "wash"}
 
 
-class StateError(ValueError):
-    """The state is not one that render knows: the message names what is unknown or missing."""
-
-
-# --- grammar ---------------------------------------------------------------------------------------------------------------
-
-def the(noun):
-    """Principle 2: a noun keeps its article."""
-    return f"the {noun}"
-
+# -----------------------------------------------------------------------------
+# Grammar. Principle 2, articles, is kept here and in the text of each sentence.
 
 def a(noun):
-    """Principle 2, where a thing is named first: "an onion salad", "a tomato salad"."""
+    """Where a thing is named first: "an onion salad", "a unit"."""
     vowel = re.match(r"(?!uni|us[eu]|eu|one\b)[aeiou]|hour|honest|heir", noun.lower())
-    return f"{'an' if vowel else 'a'} {noun}"
+    return f"an {noun}" if vowel else f"a {noun}"
 
 
-def join(parts):
+def join(things):
     """["x", "y", "z"] -> "x, y and z"."""
-    parts = list(parts)
-    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+    others = ", ".join(things[:-1])
+    return f"{others} and {things[-1]}" if others else things[-1]
 
 
-def is_are(noun):
-    """ "is", or "are" for a plural ("the clothes are", "the dishes are", "the chips are")."""
-    return "are" if noun.endswith("s") and not noun.endswith("ss") else "is"
+def say(sentence, things):
+    """One sentence about `things`, or "" where there are none.
+
+    {things} stands for them, and {be} for "is" or "are": "The chips are on.", "The TV is on."
+    """
+    if not things:
+        return ""
+    plural = len(things) > 1 or re.search(r"[^s]s$", things[0])
+    text = sentence.replace("{things}", join(things)).replace("{be}", "are" if plural else "is")
+    return text[0].upper() + text[1:]
 
 
-# --- rendering -------------------------------------------------------------------------------------------------------------
+def do(verb, thing, able):
+    """Principle 4: the same action as two phrases, for when it does something and when not."""
+    return f"{verb} {thing if able else 'nothing'}"
+
+
+# -----------------------------------------------------------------------------
+# From a named state to its texts.
 
 def render(state):
-    """Named state -> (prompt, phrases): principle 1, prompt + " " + phrases[k] is one sentence for every action k.
+    """Return (prompt, phrases) of a named state; phrase k stands for action k of the environment.
 
-    state: the plain dict that envs.py gives as info["state"]. Raises StateError for an environment it does not know and for
-    a state with a missing or unknown part.
+    `state` is the plain dict that envs.py gives as info["state"], in the format that it describes.
+    Raises PromptError for an unknown environment, and where a part is missing or unknown.
     """
+    kinds = {"overcooked": Kitchen, "virtualhome": Home}
     try:
-        environment = state["environment"]
-        renderer = RENDERERS[environment]
-    except (KeyError, TypeError):
-        raise StateError(f"no prompt for this environment: state must be a dict with 'environment' one of {sorted(RENDERERS)}") from None
-    try:
-        return renderer(state)
+        texts = kinds[known("environment", state["environment"], kinds)](**state)
+        # The cue comes last (principle 1), and no space follows it (our rule, seam).
+        prompt = " ".join(filter(None, [*texts.sentences(), CUE]))
+        return prompt, texts.phrases()
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise StateError(f"malformed {environment} state: {type(error).__name__}: {error}") from error
+        raise PromptError(f"not a named state as envs.py describes it: {error!r}") from error
 
 
-def sentences(*parts):
-    """The prompt: the sentences that are not empty, and the cue last (principle 3); no space at the end (principle 1)."""
-    return " ".join(part for part in (*parts, CUE) if part)
+def known(what, name, names):
+    """Return the name if it is one of `names`; otherwise say which they are."""
+    if name not in list(names):
+        raise PromptError(f"unknown {what} {name!r}: it must be one of {', '.join(names)}")
+    return name
 
 
-def overcooked(state):
-    """What is wanted, what is in view and where, where one stands, what one holds."""
-    recipe, places, chops, held = state["recipe"], state["places"], state["chops"], state["holding"]
-    next_to = set(state["next_to"])
-    chopped = {food for food, count in chops.items() if count >= 3}
-    inside = [food for food in state["foods"] if places.get(food) == "bowl"]
+class Kitchen(SimpleNamespace):
+    """What is said in Overcooked. The attributes are the parts of the named state."""
 
-    def called(item):
-        if item == "bowl":
-            return the("bowl") + (f" with {join(called(food) for food in inside)}" if inside else "")
-        return the(f"chopped {item}" if item in chopped else f"half chopped {item}" if chops.get(item) else item)
+    @property
+    def chopped(self):
+        """The foods in view that are chopped: three chops make them so (paper)."""
+        return [food for food, count in self.chops.items() if count >= 3]
 
-    seen = [called(item) for item in (*state["foods"], "bowl") if places.get(item) == "counter"]
-    lying = [(item, board) for board in state["boards"] for item in (*state["foods"], "bowl") if places.get(item) == board]
-    lying = [f"{called(item)} on {BOARDS[board]}" for item, board in lying]
-    at = [BOARDS[board] for board in state["boards"] if board in next_to] + [the("serving counter")] * ("delivery" in next_to)
-    prompt = sentences(
-        f"You want to make {a(join(recipe))} salad.",
-        f"You see {join(seen + lying)}." if seen + lying else "",
-        f"You are at {join(at)}." if at else "",
-        f"You hold {called(held)}." if held else "You hold nothing.",
-    )
+    def called(self, item):
+        """ "the half chopped tomato", "the bowl with the chopped tomato"."""
+        if item in self.chopped:
+            return f"the chopped {item}"
+        if self.chops.get(item):
+            return f"the half chopped {item}"
+        inside = self.lying("bowl") if item == "bowl" else []
+        return f"the bowl with {join([*map(self.called, inside)])}" if inside else f"the {item}"
 
-    def near(item):
-        return item in next_to or places.get(item) in next_to
+    def lying(self, place):
+        """What is seen to lie on a board, on the counters or in the bowl."""
+        return [item for item in (*self.foods, "bowl") if self.places.get(item) == place]
 
-    def get(item):
-        take, walk, add = OVERCOOKED_VERBS[item]
-        place, raw = places.get(item), item in places and item not in chopped
-        if held == item or place == "bowl":
-            return f"{take} nothing"
-        if item == "bowl" and held in chopped:
-            return f"put {the(held)} in the bowl"
-        if item != "bowl" and held == "bowl" and not raw:
-            return add
-        if held or (item != "bowl" and raw and place in BOARDS):  # hands are full, or an unchopped food on a board: it only walks there
-            return f"{walk} {the(item)}" if not near(item) else f"{take} nothing"
-        return f"{take} {the(item)}"
-
-    def board(name):
-        walk, put, fill = BOARD_VERBS[name]
-        here = [item for item in (*state["foods"], "bowl") if places.get(item) == name]
-        if held == "bowl" and here and here[0] in chopped:
-            return f"{fill} the bowl at {BOARDS[name]}"
-        if held in chopped and here == ["bowl"]:
-            return f"{fill} the bowl with {the(held)}"
-        if held and not here:
-            return f"{put} {the(held)} on {BOARDS[name]}"
-        return f"{walk} {BOARDS[name]}" if name not in next_to else f"{walk} nothing"
-
-    if held == "bowl":
-        serve = "the salad" if sorted(inside) == sorted(recipe) else "the unfinished salad" if inside else "the empty bowl"
-    else:
-        serve = the(held) if held else "nothing"
-    ready = [food for food in state["foods"] if places.get(food) in BOARDS and places[food] in next_to and food not in chopped]
-    chop = the(ready[0]) if ready and not held else "nothing"
-    phrases = [get(food) for food in state["foods"]] + [get("bowl")] + [board(name) for name in state["boards"]]
-    return prompt, phrases + [f"serve {serve}", f"chop {chop}"]
-
-
-def virtualhome(state):
-    """What is wanted, the room and what is seen in it, what one is close to and holds, what lies where, what is on."""
-    nouns = {"tv": "TV", **state["nouns"]}
-    visible, close, holding = state["visible"], state["close"], state["holding"]
-    opened, on, placed, sitting = state["open"], state["on"], state["placed"], state["sitting"]
-    preparing = state["task"] == "food-preparation"
-    if not preparing and state["task"] != "entertainment":
-        raise StateError(f"no prompt for the VirtualHome task {state['task']!r}: it is 'food-preparation' or 'entertainment'")
-    if state["room"] not in ROOM_VERBS:
-        raise StateError(f"unknown room {state['room']!r}: one of {sorted(ROOM_VERBS)}")
-
-    name = lambda role: nouns.get(role, role)
-    plain = lambda role: the(name(role))
-    called = lambda role: the(f"{'open' if role in opened else 'closed'} {name(role)}") if role == "appliance" else plain(role)
-    if preparing:
-        goal = f"{GOAL_VERBS.get(nouns['appliance'], 'put')} {plain('food')} in {plain('appliance')}"
-    else:
-        goal = "watch the TV on the sofa with the chips and the milk"
-    far = [called(role) for role in visible if role not in close and role not in placed]
-    near = [called(role) for role in close if role not in placed]
-    lying = [f"The {name(item)} {is_are(name(item))} {'in' if place == 'appliance' else 'on'} {plain(place)}."
-             for item, place in placed.items()]
-    prompt = sentences(
-        f"You want to {goal}.",
-        f"You are in {the(state['room'])}.",
-        f"You see {join(far)}." if far else "",
-        "You sit on the sofa." if sitting else f"You are at {join(near)}." if near else "",
-        *lying,
-        *[f"The {name(device)} {is_are(name(device))} on." for device in on],
-        f"You hold {join(plain(item) for item in holding)}." if holding else "You hold nothing.",
-    )
-    full = len(holding) >= 2
-
-    def walk(role):
-        verb = HOME_VERBS[role][0]
-        return f"{verb} {plain(role)}" if role in visible and role not in close and not sitting else f"{verb} nothing"
-
-    def grab(role):
-        verb = HOME_VERBS[role][1]
-        return f"{verb} {plain(role)}" if role in close and not full else f"{verb} nothing"
-
-    def put(role, target, where):
-        verb = HOME_VERBS[role][2]
-        able = role in holding and target in close and (where == "on" or target in opened)
-        return f"{verb} {plain(role) if able else 'nothing'} {where} {plain(target)}"
-
-    act = lambda verb, able, role: f"{verb} {plain(role)}" if able else f"{verb} nothing"
-    staying = lambda room: sitting or (room == state["room"] and not close)
-    rooms = [f"{verb} nowhere" if staying(room) else f"{verb} {the(room)}" for room, verb in ROOM_VERBS.items()]
-    if preparing:
-        handy = "appliance" in close and not full
-        return prompt, rooms + [
-            walk("food"), walk("appliance"), grab("food"), put("food", "appliance", "in"),
-            act("open", handy and "appliance" not in opened, "appliance"),
-            act("close", "appliance" in close and "appliance" in opened, "appliance"),
+    def sentences(self):
+        """What is wanted, seen and worth using, where one stands, what one holds."""
+        return [
+            f"You want to make {a(join(self.recipe))} salad.",
+            say("You see {things}.", self.seen()),
+            say("{things} {be} for chopping.", self.useful_boards()),
+            "The bowl is out of sight." if self.misses_bowl() else "",
+            say("You are at {things}.", self.here()),
+            f"You hold {self.called(self.holding)}." if self.holding else "You hold nothing.",
         ]
-    handy = "tv" in close and not full
-    return prompt, rooms + [walk(role) for role in ("chips", "milk", "coffee table", "tv", "sofa")] + [
-        grab("chips"), grab("milk"), put("chips", "coffee table", "on"), put("milk", "coffee table", "on"),
-        act("switch on", handy and "tv" not in on, "tv"), act("turn off", handy and "tv" in on, "tv"),
-        act("sit on", "sofa" in close and not sitting, "sofa"), act("stand up from", sitting, "sofa"),
-    ]
+
+    def seen(self):
+        """Principle 3: a food that the recipe lacks is pointless, unless it takes up a board."""
+        wanted = [*self.recipe, "bowl"]
+        seen = [self.called(item) for item in self.lying("counter") if item in wanted]
+        for board in self.boards:
+            seen += [f"{self.called(item)} on {PLACES[board]}" for item in self.lying(board)]
+        return seen
+
+    def useful_boards(self):
+        """Principle 3: with a food to chop in hand, name the boards that are not seen occupied."""
+        raw = self.holding in set(self.recipe).difference(self.chopped)
+        return [PLACES[board] for board in self.boards if raw and not self.lying(board)]
+
+    def misses_bowl(self):
+        """Principle 3: once a food of the recipe is seen chopped, the bowl is worth getting."""
+        return "bowl" not in self.places and not set(self.recipe).isdisjoint(self.chopped)
+
+    def here(self):
+        """The boards and the serving counter, as far as one stands next to them."""
+        return [name for place, name in PLACES.items() if place in self.next_to]
+
+    def phrases(self):
+        """One phrase an action: get each food, get the bowl, go to each board, deliver, chop."""
+        foods, boards = map(self.get_food, self.foods), map(self.go_to, self.boards)
+        return [*foods, self.get_bowl(), *boards, self.deliver(), self.chop()]
+
+    # Principle 4 in all that follows: an action is told as what it would do in this state.
+
+    def near(self, item):
+        """Whether one stands next to the item, or next to the board on which it lies."""
+        return item in self.next_to or self.places.get(item) in self.next_to
+
+    def get_food(self, food):
+        """To get a food is to take it, to put it in the bowl that is in hand, or only to walk."""
+        get, walk, add = FOOD_VERBS[food]
+        place = self.places.get(food)
+        if self.holding == food or place == "bowl":
+            return f"{get} nothing"
+        raw = food in self.places and food not in self.chopped
+        if self.holding == "bowl" and not raw:
+            return add
+        # Something else is in hand, or the food waits on a board to be chopped: it is not taken.
+        if self.holding or (raw and place in BOARD_VERBS):
+            return f"{get} nothing" if self.near(food) else f"{walk} the {food}"
+        return f"{get} the {food}"
+
+    def get_bowl(self):
+        """To get the bowl is to take it, to put the chopped food in it, or only to walk."""
+        if self.holding in self.chopped:
+            return f"put the {self.holding} in the bowl"
+        if self.holding in self.foods and not self.near("bowl"):
+            return "head to the bowl"
+        return do("grab", "the bowl", able=not self.holding)
+
+    def go_to(self, board):
+        """To go to a board is to fill the bowl there, to put something down, or only to walk."""
+        walk, put, fill = BOARD_VERBS[board]
+        name, lying = PLACES[board], self.lying(board)
+        if self.holding == "bowl" and set(lying) & set(self.chopped):
+            return f"{fill} the bowl at {name}"
+        if self.holding in self.chopped and lying == ["bowl"]:
+            return f"{fill} the bowl with the {self.holding}"
+        if self.holding and not lying:
+            return f"{put} the {self.holding} on {name}"
+        return do(walk, name, able=board not in self.next_to)
+
+    def deliver(self):
+        """Only the wanted dish is "the salad". Empty hands serve nothing, but they walk there."""
+        if not self.holding:
+            here = "delivery" in self.next_to
+            return "serve nothing" if here else "return to the serving counter empty-handed"
+        if self.holding != "bowl":
+            return f"serve the {self.holding}"
+        inside = sorted(self.lying("bowl"))
+        if inside == sorted(self.recipe):
+            return "serve the salad"
+        return "serve the unfinished salad" if inside else "serve the empty bowl"
+
+    def chop(self):
+        """Chopping needs empty hands and, on a board at hand, a food that is not chopped yet."""
+        for food in self.foods:
+            at_hand = self.places.get(food) in self.next_to
+            if at_hand and food not in self.chopped and not self.holding:
+                return f"chop the {food}"
+        return "chop nothing"
 
 
-RENDERERS = {"overcooked": overcooked, "virtualhome": virtualhome}
+class Home(SimpleNamespace):
+    """What is said in VirtualHome. The attributes are the parts of the named state."""
+
+    def the(self, thing):
+        """A thing by its noun: "the pancake" for "food", "the TV" for "tv"."""
+        return f"the {'TV' if thing == 'tv' else self.nouns.get(thing, thing)}"
+
+    def called(self, thing):
+        """A thing as it is seen: "the closed microwave"."""
+        if thing != "appliance":
+            return self.the(thing)
+        kind = "open" if thing in self.open else "closed"
+        return f"the {kind} {self.nouns[thing]}"
+
+    def sentences(self):
+        """What is wanted, where one is, what is seen and at hand, what lies where, what is on."""
+        loose = [thing for thing in self.visible if thing not in self.placed]
+        far = [self.called(thing) for thing in loose if thing not in self.close]
+        near = [self.called(thing) for thing in loose if thing in self.close]
+        return [
+            f"You want to {self.goal()}.",
+            f"You are in the {known('room', self.room, ROOM_VERBS)}.",
+            say("You see {things}.", far),
+            "You sit on the sofa." if self.sitting else say("You are at {things}.", near),
+            *self.facts(),
+            say("You hold {things}.", [*map(self.the, self.holding)]) or "You hold nothing.",
+            say("The door leads to {things}.", self.useful_rooms()),
+        ]
+
+    def goal(self):
+        """Principle 3: the goal names the things that it takes."""
+        if known("task", self.task, ["food-preparation", "entertainment"]) == "entertainment":
+            return "watch the TV on the sofa with the chips and the milk"
+        verb = GOAL_VERBS.get(self.nouns["appliance"], "put")
+        return f"{verb} {self.the('food')} in {self.the('appliance')}"
+
+    def facts(self):
+        """What was put somewhere, and what is switched on: a sentence each."""
+        for thing, place in self.placed.items():
+            where = "in" if place == "appliance" else "on"
+            yield say("{things} {be} " + f"{where} {self.the(place)}.", [self.the(thing)])
+        yield from (say("{things} {be} on.", [self.the(device)]) for device in self.on)
+
+    def useful_rooms(self):
+        """Principle 3: name the room that is worth going to, where this one has nothing to do.
+
+        What is neither seen nor in hand is in the kitchen, as far as one can know. The kitchen is
+        worth staying in while something wanted is seen there.
+        """
+        wanted = {"chips", "milk"} if self.task == "entertainment" else {"appliance"}
+        here = wanted.intersection(self.visible)
+        missing = wanted.difference(self.visible, self.holding)
+        room = "kitchen" if (here if self.room == "kitchen" else missing) else "living room"
+        return [] if room == self.room else [f"the {room}"]
+
+    def phrases(self):
+        """One phrase an action, in the order of envs.py: rooms first, then what the task takes."""
+        rest = self.relaxing() if self.task == "entertainment" else self.preparing()
+        return [*map(self.go_to, ROOM_VERBS), *rest]
+
+    # Principle 4 in all that follows: each action does nothing in some states, and says so there.
+
+    def preparing(self):
+        """The phrases of food preparation after those of the rooms."""
+        here = "appliance" in self.close
+        shut = "appliance" not in self.open
+        return [
+            *map(self.walk_to, ("food", "appliance")),
+            self.grab("food"),
+            self.put("food", "in", "appliance"),
+            do("open", self.the("appliance"), able=here and shut and self.hand_free()),
+            do("close", self.the("appliance"), able=here and not shut),
+        ]
+
+    def relaxing(self):
+        """The phrases of entertainment after those of the rooms."""
+        switch = "tv" in self.close and self.hand_free()
+        return [
+            *map(self.walk_to, ("chips", "milk", "coffee table", "tv", "sofa")),
+            *map(self.grab, ("chips", "milk")),
+            *(self.put(thing, "on", "coffee table") for thing in ("chips", "milk")),
+            do("switch on", "the TV", able=switch and "tv" not in self.on),
+            do("turn off", "the TV", able=switch and "tv" in self.on),
+            do("sit on", "the sofa", able="sofa" in self.close and not self.sitting),
+            do("stand up from", "the sofa", able=self.sitting),
+        ]
+
+    def hand_free(self):
+        """Whether one of the two hands is empty."""
+        return len(self.holding) < 2
+
+    def go_to(self, room):
+        """Even the room where one is can be gone to: one then leaves what one was close to."""
+        stays = self.sitting or (room == self.room and not self.close)
+        return f"{ROOM_VERBS[room]} {'nowhere' if stays else 'the ' + room}"
+
+    def walk_to(self, thing):
+        """Walking leaves one close to the thing, what it lies on and what is in it, alone."""
+        inside = self.placed if thing == "appliance" else ()
+        after = {thing, self.placed.get(thing, thing), *inside}
+        able = thing in self.visible and not self.sitting and set(self.close) != after
+        return do(WALK_VERBS[thing], self.the(thing), able)
+
+    def grab(self, thing):
+        """Grabbing takes a thing at hand and a free hand."""
+        return do(GRAB_VERBS[thing], self.the(thing), thing in self.close and self.hand_free())
+
+    def put(self, thing, where, place):
+        """Putting down takes the thing in hand and the place at hand, a container open."""
+        ready = place in self.close and (where == "on" or place in self.open)
+        what = do(PUT_VERBS[thing], self.the(thing), able=ready and thing in self.holding)
+        return f"{what} {where} {self.the(place)}"
 
 
-# --- linting ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
+# The linter: what can be seen in one text. Whether an action has different phrases (principle 4)
+# shows only over a whole environment; tests/test_prompts.py checks that for our two.
 
-# What stands for an article: other determiners, and words that need none.
-ARTICLES = set("the a an my your his her its our their this that these those some each one nothing nowhere it them".split())
+# What stands for an article, what ends the name of a thing, and adverbs, which need no article.
+DETERMINERS = set("the a an my your his her its our their this that these those some every any no "
+                  "one two three all each nothing nowhere something everything it them".split())
+ENDS = ("in|on|at|with|to|into|from|of|for|by|under|over|near|behind|and|or|"
+        "is|are|was|were|has|have|leads|lies|stands")
+ADVERBS = set("up down left right north south east west forward back ahead in out inside outside "
+              "on off away around here there again straight home first next now".split())
 
 
 def lint(prompt, phrases):
-    """Violations of the four principles in a prompt and its phrases, one line each; empty when there is none."""
-    found = []
-    text = " . ".join((prompt, *phrases))
-    nouns = {noun.lower() for noun in re.findall(r"\b(?:the|an?) (\w+)", text)}  # words that follow an article somewhere
-    if prompt != prompt.strip() or "  " in prompt:
-        found.append("cohesion: the prompt starts or ends with a space, or holds a double one; the one space at the seam is the phrase's")
+    """Return the violations in a prompt and its phrases, one line each; [] where there are none.
+
+    Each line begins with the name of what it violates: "cohesion", "articles", "preferred actions"
+    (the paper's principles 1 to 3), "our rule, verbs" or "our rule, seam". Raises PromptError for
+    phrases that are one text and not a list of texts.
+    """
+    if isinstance(phrases, str):
+        raise PromptError(f"lint takes a prompt and a list of phrases, not the text {phrases!r}")
+    checks = (lint_cohesion, lint_articles, lint_preferred, lint_verbs, lint_seam)
+    return [violation for check in checks for violation in check(prompt, phrases)]
+
+
+def lint_cohesion(prompt, phrases):
+    """Principle 1: the prompt ends on a cue for the next step, and the phrase goes on from it."""
+    cue = r"\b(step|first|next|now|should)\b([^.!?]*\b(to|should|is|you|first|next|now))?[:,]?\s*$"
+    if not re.search(cue, prompt.lower()):
+        yield "cohesion: the prompt does not end on a cue for the first or next step"
     for phrase in phrases:
-        if not phrase or phrase != " ".join(phrase.split()):
-            found.append(f"cohesion: stray spaces in the phrase {phrase!r}; the caller joins with exactly one")
-        words = phrase.lower().split()
-        bare = [word for i, word in enumerate(words) if i and word in nouns and not ARTICLES & set(words[max(0, i - 3):i])]
-        if phrase and (bare or not ARTICLES & set(words)):
-            found.append(f"articles: no article {f'before {bare[0]!r} ' if bare else ''}in the phrase {phrase!r}")
-        for article, word in re.findall(r"\b(an?) (\w+)", f"{prompt} {phrase}"):
+        if not re.match(r"\s*[^\sA-Z]", phrase):
+            yield f"cohesion: the phrase {phrase!r} does not go on from the prompt's sentence"
+
+
+def words(text):
+    """The words of a text in lower case, without punctuation."""
+    return re.findall(r"[\w'-]+", text.lower())
+
+
+def nouns(*texts):
+    """What follows an article: "put the pie on the second board" -> {"pie", "board"}."""
+    name = rf"\b(?:the|an?) (?:[\w'-]+ ){{0,3}}?([\w'-]+)(?= (?:{ENDS})\b|[^\w\s'-]|$)"
+    return set(re.findall(name, ". ".join(texts).lower())) - ADVERBS
+
+
+def lint_articles(prompt, phrases):
+    """Principle 2: no noun stands bare, in the prompt as well. "Walk down" names no thing.
+
+    Nouns are what follows an article anywhere, and the last word of a phrase without any.
+    """
+    known_nouns = nouns(prompt, *phrases)
+    for phrase in phrases:
+        if DETERMINERS.isdisjoint(words(phrase)) and not phrase.endswith("ly"):
+            known_nouns |= set(words(phrase)[1:][-1:]) - ADVERBS
+    for text in (prompt, *phrases):
+        for article, word in re.findall(r"\b(an?) ([\w'-]+)", text.lower()):
             if a(word) != f"{article} {word}":
-                found.append(f"articles: '{article} {word}' should be '{a(word)}'")
-    last = re.split(r"[.!?]\s", prompt)[-1].lower()
-    if not re.search(r"\b(first|next)\b", last) or prompt.rstrip().endswith((".", "!", "?")):
-        found.append("step by step: the prompt does not end on a cue for the first or next step")
-    for i, phrase in enumerate(phrases):
-        for other in phrases[:i]:
-            mine, its = (text.lower().rstrip(".!?").split() for text in (phrase, other))
-            if mine == its:
-                found.append(f"distinguishable: the phrase {phrase!r} stands twice")
-            elif len(mine) == len(its) and mine[0] == its[0] and sum(x != y for x, y in zip(mine, its)) == 1:
-                found.append(f"distinguishable: {other!r} and {phrase!r} differ in one word; use another verb")
-    return list(dict.fromkeys(found))
+                yield f"articles: '{article} {word}' should be '{a(word)}'"
+        # A phrase's first word is its verb. One article serves all of "a tomato and onion salad".
+        named = (text if text == prompt else text.partition(" ")[2]).lower()
+        short = re.sub(r"\b(an?) (?:[\w'-]+, )*[\w'-]+ and (?=[\w'-]+ \w)", r"\1 ", named)
+        for part in re.split(rf"[^\w\s'-]|\b(?:{ENDS})\b", short):
+            bare = known_nouns.intersection(words(part))
+            if bare and DETERMINERS.isdisjoint(words(part)):
+                yield f"articles: no article before {min(bare)!r} in {text!r}"
+
+
+def lint_preferred(prompt, phrases):
+    """Principle 3: at least one phrase that does something takes up a thing of the prompt."""
+    doing = [phrase for phrase in phrases if not re.search(r"\b(nothing|nowhere)\b", phrase)]
+    things = nouns(*doing)
+    if things and things.isdisjoint(words(prompt)):
+        yield "preferred actions: the prompt names no thing of any phrase that does something"
+
+
+def lint_verbs(prompt, phrases):
+    """Our rule: phrases that differ in one word only differ in their verb."""
+    for pair in combinations(phrases, 2):
+        mine, other = map(words, pair)
+        differing = sum((two for two in zip(mine, other, strict=False) if two[0] != two[1]), ())
+        alike = len(mine) == len(other) and len(differing) <= 2 and ADVERBS.isdisjoint(differing)
+        if alike and mine[:1] == other[:1]:
+            yield f"our rule, verbs: {pair[0]!r} and {pair[1]!r} need verbs that differ"
+
+
+def lint_seam(prompt, phrases):
+    """Our rule: single spaces, and none at an end, for the caller joins with exactly one."""
+    for text in (prompt, *phrases):
+        if text != text.strip() or "  " in text:
+            yield f"our rule, seam: a stray or doubled space in {text!r}"
