@@ -1,0 +1,59 @@
+"""A quest of TextWorld's own games, learned by SmolLM2, and ten others that it has not played.
+
+    python examples/textworld_quest.py --out runs/quest     # learn game 18; further flags go on
+    python examples/textworld_quest.py --eval runs/quest    # games 1 to 10, untrained and trained
+
+Find the key, leave the bedroom, find what the dinner lacks, and put it on the stove.
+"""
+import os
+import re
+import sys
+import tempfile
+
+import textworld
+from textworld.challenges.tw_simple import simple
+from textworld.gym.envs import TextworldGymEnv
+
+WANTED = "objective description inventory admissible_commands won lost max_score".split()
+IDLE = ("examine", "inventory", "look")  # not offered: they change nothing
+BEFORE_NOUN = re.compile(r"^(?!go )\w+ |(?<= )(from|into|on|with) ")  # "open the", "on the"
+
+
+class Quest:
+    """The game of a seed, in TextWorld's shape; the score is a share of the best one."""
+
+    def __init__(self, seed=18, max_steps=30):
+        options = textworld.GameOptions()
+        options.seeds = seed
+        options.path = os.path.join(tempfile.gettempdir(), f"tw-simple-brief-{seed}.z8")
+        if not os.path.exists(options.path):
+            made = simple.make({"rewards": "dense", "goal": "brief", "test": False}, options)
+            textworld.generator.compile_game(made, options)
+        infos = textworld.EnvInfos(**dict.fromkeys(WANTED, True))
+        self.game = TextworldGymEnv([options.path], infos, max_episode_steps=max_steps)
+
+    def reset(self):
+        return self.tell(self.game.reset()[1])
+
+    def step(self, command):
+        _, score, done, infos = self.game.step(command)
+        text, infos = self.tell(infos)
+        return text, score / infos["max_score"], done, infos
+
+    def tell(self, infos):
+        commands = [each for each in infos["admissible_commands"] if not each.startswith(IDLE)]
+        phrases = [BEFORE_NOUN.sub(r"\g<0>the ", each) for each in commands]
+        room = infos["description"].split("\n\n")[0]
+        text = f"{infos['objective']} {room} {infos['inventory']}"
+        return text, {**infos, "admissible_commands": commands, "actions": phrases}
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    import twosome
+    world = ["--env", f"{os.path.abspath(__file__)}:Quest", "--episodes", "20"]
+    if "--eval" not in sys.argv:
+        learn = ["--model", "smollm2", "--steps", "5120"]
+        sys.exit(twosome.main([*world, *learn, *sys.argv[1:]]))
+    for seed in range(1, 11):
+        twosome.main([*world, "--env-args", f"seed={seed}", *sys.argv[1:]])
