@@ -24,6 +24,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
 import sys
 import traceback
 
@@ -76,15 +77,19 @@ def kind(value):
 # From the command line.
 
 def read_arguments(text):
-    """Return the options that --env-args gives to a world, "key=value,key=value", as a dict."""
+    """Return the options that --env-args gives to a world, "key=value,key=value", as a dict.
+
+    A comma belongs to the value unless another key follows it. What is no Python literal is a
+    text.
+    """
     found = {}
-    for part in filter(None, text.split(",")):
-        name, equals, value = part.partition("=")
-        if not equals:
-            raise WorldError(f"--env-args has {part[:40]!r}; write key=value,key=value")
-        found[name.strip()] = value
-        with contextlib.suppress(ValueError, SyntaxError):
-            found[name.strip()] = ast.literal_eval(value)
+    for part in re.split(r",(?=\s*\w+\s*=)", text) if text else []:
+        name, equals, value = map(str.strip, part.partition("="))
+        if not equals or name in found:
+            raise WorldError(f"--env-args has {part[:40]!r}; write key=value,key=value, each once")
+        found[name] = value
+        with contextlib.suppress(Exception):
+            found[name] = ast.literal_eval(value)
     return found
 
 
@@ -244,10 +249,7 @@ SHAPES = {  # of an answer: in words, and its lengths
 
 def takes_seed(reset):
     """Tell whether a world's reset has an argument named seed, or takes any."""
-    try:
-        arguments = inspect.signature(reset).parameters.values()
-    except (TypeError, ValueError):
-        return False
+    arguments = call("the signature of reset", inspect.signature, reset).parameters.values()
     return any(each.name == "seed" or each.kind is each.VAR_KEYWORD for each in arguments)
 
 

@@ -349,6 +349,18 @@ def test_a_class_or_a_maker_of_a_module_or_a_file(folder, spec):
     assert worlds.make_world(spec)().world.size in (2, 3)
 
 
+def test_arguments_are_literals_or_texts():
+    assert worlds.read_arguments("") == {}
+    assert worlds.read_arguments("size=4, name=lake,slippery=False,games=['a', 'b'],x={[]: 1}") == {
+        "size": 4, "name": "lake", "slippery": False, "games": ["a", "b"], "x": "{[]: 1}"}
+
+
+@pytest.mark.parametrize("text", ["size", "size=4,size=5", ",", "size 4,name=b"])
+def test_arguments_of_another_form_are_one_line(text):
+    with pytest.raises(WorldError, match="write key=value,key=value, each once"):
+        worlds.read_arguments(text)
+
+
 @pytest.mark.parametrize("spec, arguments, line", [
     ("my_world", {}, "neither PACKAGE.MODULE:CLASS nor FILE.py:CLASS"),
     ("my_world.py:", {}, "neither"), (":Door", {}, "neither"),
