@@ -349,6 +349,7 @@ def test_a_control_token_in_a_text_is_text_or_refused(name):
     for control in controls:
         # At the end of a phrase it would be stripped, or end the phrase.
         found = cut(tokenizer, "You see a tomato.", "chop", f"chop{control}")
+        assert found or name != "byte-bpe"  # bytes can spell any text
         if found:
             prompt_ids, tails = found
             assert prompt_ids == plain_prompt and tails[0] == plain_tails[0] != tails[1]

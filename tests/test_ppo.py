@@ -279,14 +279,15 @@ def test_a_cut_bootstraps_from_its_last_observation_and_not_from_the_next_episod
 
 
 def test_the_values_of_a_rollout_stand_beside_their_steps():
-    agent = Fixed(0.5, 0.5, value=lambda obs: float(np.argmax(obs)))
+    agent = Fixed(0.6, 0.4, value=lambda obs: float(np.argmax(obs)))
     rollout = ppo.PPO(Corridor, agent, SMALL, seed=3).rollout()
     cells = [float(np.argmax(obs)) for obs, _ in rollout.items]
     assert rollout.values.flatten().tolist() == cells
     going_on = ~rollout.ended
     assert torch.equal(rollout.next_values[going_on], (rollout.values + rollout.choices)[going_on])
-    assert torch.allclose(rollout.log_probs, torch.tensor(0.5).log())
-    assert torch.allclose(rollout.entropies, torch.tensor(2.0).log())
+    assert torch.equal(rollout.log_probs, agent.chances.log()[rollout.choices])
+    expected = -0.6 * math.log(0.6) - 0.4 * math.log(0.4)
+    assert torch.allclose(rollout.entropies, torch.tensor(expected))
 
 
 class Door(Corridor):
