@@ -85,7 +85,7 @@ def learn_job(options, model, norm, task, seed, variant="", change="", **flags):
     arguments = {"env": TASKS[task], "task": task, "model": model, "norm": norm, "seed": seed}
     minutes = LEARN[model][task]
     if options.quick:
-        arguments["steps"], minutes = 2048, minutes / 8
+        arguments["steps"], minutes = options.steps, minutes / 8
     arguments["episodes"] = options.episodes or 100
     if variant:
         arguments |= {"variant": variant, "change": change, "flags": flags}
@@ -114,7 +114,7 @@ def vector_job(options, form, task, seed, name="", minutes=3.0, **more):
     arguments = {"env": TASKS[task], "task": task, "form": form, "seed": seed,
                  "episodes": options.episodes or 100, **more}
     if options.quick:
-        arguments["settings"], minutes = {"steps": 4096}, 0.1
+        arguments["settings"], minutes = {**more.get("settings", {}), "steps": 4096}, 0.1
     return Job(f"ppo-{name or form}-{task}-{seed}", "ppo", arguments, minutes)
 
 
@@ -592,38 +592,139 @@ def across(values, axis=0):
     return values.mean(axis), t_quantile(count - 1) * spread
 
 
+# Agarwal et al. 2021, Deep Reinforcement Learning at the Edge of the Statistical Precipice,
+# arXiv 2108.13264: the next three. A sample is one array of seeds for each task.
+
+
+def interquartile_mean(sample):
+    """Return the mean of the middle half of all scores, over seeds and tasks together."""
+    scores = np.sort(np.concatenate(sample))
+    cut = len(scores) // 4
+    return scores[cut:len(scores) - cut].mean()
+
+
+def probability_of_improvement(sample, other):
+    """Return the chance that a seed of `sample` beats one of `other`, averaged over tasks."""
+    chances = []
+    for mine, theirs in zip(sample, other, strict=True):
+        gaps = np.subtract.outer(mine, theirs)
+        chances.append((gaps > 0).mean() + (gaps == 0).mean() / 2)
+    return np.mean(chances)
+
+
+def bootstrap(measure, *samples, count=2000):
+    """Return the 95 % interval of measure(*samples): seeds drawn again within each task."""
+    rng = np.random.default_rng(0)
+    found = [measure(*([rng.choice(seeds, len(seeds)) for seeds in sample] for sample in samples))
+             for _ in range(count)]
+    return np.quantile(found, (0.025, 0.975))
+
+
 # -----------------------------------------------------------------------------
-# The report: tables and pictures, from the stored files alone.
+# What the tables are made of, from the stored files alone.
 
 
 def select(found, kind, **arguments):
     """Return the records of a kind with these arguments; None stands for one that is absent."""
-    return [record for record in found if record["kind"] == kind
-            and all(record["arguments"].get(name) == value for name, value in arguments.items())]
+    chosen = [record for record in found if record["kind"] == kind
+              and all(record["arguments"].get(name) == value
+                      for name, value in arguments.items())]
+    return sorted(chosen, key=lambda record: record["arguments"].get("seed", 0))
 
 
-@dataclasses.dataclass
-class Table:
-    """A table of the report. Its marker in a README is `<!-- group key -->`."""
-
-    group: str  # tables of a group share a .md file
-    key: str
-    header: list
-    rows: list  # of texts
-
-    def markdown(self):
-        """Return the table in Markdown."""
-        rule = ["---"] + ["---:"] * (len(self.header) - 1)
-        return "\n".join(f"| {' | '.join(row)} |" for row in (self.header, rule, *self.rows)) + "\n"
+def learned(found, model, task, norm="word", variant=None):
+    """Return the records of TWOSOME's runs, in the order of their seeds."""
+    return select(found, "learn", model=model, task=task, norm=norm, variant=variant)
 
 
-def given(value, form):
+def methods(found, model, task):
+    """Return {label: records} of all that learned a task: TWOSOME first, then its baselines."""
+    lines = {f"TWOSOME, {norm}": learned(found, model, task, norm)
+             for norm in ("word", "token", "sum")}
+    lines["TWOSOME, random weights"] = learned(found, "pocket_lm", task, "word", "random-weights")
+    for form in ("published", "equal", "tuned"):
+        records = select(found, "ppo", task=task, form=form, mask=None)
+        # Seeds above 100 belong to the search for the tuned form.
+        lines[f"PPO, {form}"] = [run for run in records if run["arguments"]["seed"] < 100]
+    return {label: runs for label, runs in lines.items() if runs}
+
+
+def untrained_result(found, model, task, norm="word", variant=None):
+    """Return the evaluation of the untrained LLM, or None."""
+    records = select(found, "untrained", model=model, task=task, norm=norm, variant=variant)
+    return records[0]["result"] if records else None
+
+
+def random_result(found, task):
+    """Return the evaluation of chance, or None."""
+    records = select(found, "random")
+    return records[0]["results"][task] if records else None
+
+
+def best_return(task):
+    """Return the best possible return of a task."""
+    return envs.make(EVERY[task], task=task).best_return
+
+
+def scaled(found, task, values):
+    """Return returns on a scale on which chance is 0 and the best possible is 1."""
+    chance = random_result(found, task)["return"]
+    return (np.asarray(values) - chance) / (best_return(task) - chance)
+
+
+def returns(runs):
+    """Return the return of each run after training."""
+    return [run["summary"]["return"] for run in runs]
+
+
+def reached(found, task, run, share=0.9):
+    """Return (primitive steps, CPU seconds, whether) until a run was 90 % of the way there.
+
+    The way goes from chance to the best possible return. What never got there counts with all
+    its steps, which is too kind to it.
+    """
+    columns = run["curve"]
+    for steps, value, seconds in zip(columns["primitive_steps"], columns["return"],
+                                     columns["cpu_seconds"], strict=True):
+        if value is not None and scaled(found, task, value) >= share:
+            return steps or 0, seconds, True
+    return steps, seconds, False
+
+
+def curve(runs, axis):
+    """Return (x, mean, half width) of the runs' returns along "steps" or "primitive_steps"."""
+    lines = []
+    for run in runs:
+        points = [(x or 0, y) for x, y in zip(run["curve"][axis], run["curve"]["return"],
+                                              strict=True) if y is not None]
+        lines.append(np.array(points).T)  # [2, points]
+    x = np.linspace(0, min(line[0, -1] for line in lines), 200)
+    return x, *across([np.interp(x, *line) for line in lines])
+
+
+def at_steps(runs, steps):
+    """Return each run's return after so many primitive steps, or at its end if that is before."""
+    values = []
+    for run in runs:
+        points = [(x or 0, y) for x, y in zip(run["curve"]["primitive_steps"],
+                                              run["curve"]["return"], strict=True)
+                  if y is not None]
+        values.append(np.interp(steps, *np.array(points).T))
+    return values
+
+
+# Cells.
+
+
+def given(value, form=".3f"):
     """Return a number as a text, or a dash where there is none."""
     return "-" if value is None or not np.isfinite(value) else format(value, form)
 
 
 def plus_minus(values, form=".3f"):
-    """Return "mean ± half width", or the mean alone of a single seed."""
+    """Return "mean ± half width", the mean alone of a single seed, or a dash."""
+    if not len(values):
+        return "-"
     mean, half = across(values)
     return format(mean, form) + (f" ± {half:{form}}" if np.isfinite(half) else "")
 
@@ -639,99 +740,457 @@ def played(result):
     return f"{result['return']:.3f} ({result['success']:.1%})" if result else "-"
 
 
-def untrained_result(found, model, task, norm="word"):
-    """Return the evaluation of the untrained LLM, or None."""
-    records = select(found, "untrained", model=model, task=task, norm=norm, variant=None)
-    return records[0]["result"] if records else None
+def interval(low, high, form=".2f"):
+    """Return "(low to high)"."""
+    return f"({low:{form}} to {high:{form}})"
 
 
-def random_result(found, task):
-    """Return the evaluation of chance, or None."""
-    records = select(found, "random")
-    return records[0]["results"][task] if records else None
+# -----------------------------------------------------------------------------
+# The tables. Each function returns the header and the rows of one LLM's table, all of texts.
 
 
-def trained_runs(found, model, task, norm="word"):
-    """Return the records of the plain runs, in the order of their seeds."""
-    runs = select(found, "learn", model=model, task=task, norm=norm, variant=None)
-    return sorted(runs, key=lambda record: record["arguments"]["seed"])
-
-
-def learning_tables(found):
-    """Return for each LLM what it learned on each task, every seed by itself."""
+def learning_table(found, model):
+    """What was learned on each task, every seed by itself."""
     header = ["task", "steps", "primitive steps", "return of each seed", "mean ± 95 %",
               "best possible", "success", "untrained LLM", "random", "CPU seconds", "peak MiB"]
-    tables = []
-    for model in MODELS:
-        rows = []
-        for task in TASKS:
-            runs = trained_runs(found, model, task)
-            if runs:
-                rows.append(learning_row(found, model, task, runs))
-        tables.append(Table("learning", model, header, rows))
-    return [table for table in tables if table.rows]
+    rows = []
+    for task in TASKS:
+        if runs := learned(found, model, task):
+            ends = [run["summary"] for run in runs]
+            values = returns(runs)
+            rows.append([
+                task, f"{ends[0]['steps']:,}", span([end["primitive_steps"] for end in ends]),
+                ", ".join(f"{value:.4f}" for value in values), plus_minus(values, ".4f"),
+                given(ends[0]["best"], ".4f"), f"{np.mean([end['success'] for end in ends]):.1%}",
+                played(untrained_result(found, model, task)), played(random_result(found, task)),
+                span([end["cpu_seconds"] for end in ends]),
+                span([run["peak_mib"] for run in runs])])
+    return header, rows
 
 
-def learning_row(found, model, task, runs):
-    """Return a row of the table of learning."""
-    ends = [run["summary"] for run in runs]
-    returns = [end["return"] for end in ends]
-    return [task, f"{ends[0]['steps']:,}", span([end["primitive_steps"] for end in ends]),
-            ", ".join(f"{value:.4f}" for value in returns), plus_minus(returns, ".4f"),
-            given(ends[0]["best"], ".4f"), f"{np.mean([end['success'] for end in ends]):.1%}",
-            played(untrained_result(found, model, task)), played(random_result(found, task)),
-            span([end["cpu_seconds"] for end in ends]), span([run["peak_mib"] for run in runs])]
-
-
-def transfer_tables(found):
-    """Return for each LLM how agents of one task do on all others: return, and success."""
-    tables = []
-    for model in MODELS:
-        runs = {task: trained_runs(found, model, task) for task in TASKS}
-        sources = [task for task in TASKS if runs[task]]
-        header = ["played", *(f"trained on {task}" for task in sources), "untrained LLM", "random"]
-        rows = [[task, *(elsewhere(runs[source], task) for source in sources),
-                 played(untrained_result(found, model, task)), played(random_result(found, task))]
-                for task in EVERY]
-        if sources:
-            tables.append(Table("transfer", model, header, rows))
-    return tables
+def transfer_table(found, model):
+    """How the agents of each task do on all others, untrained for them: return, and success."""
+    sources = {task: learned(found, model, task) for task in TASKS}
+    header = ["played", *(f"trained on {task}" for task in sources), "untrained LLM", "random"]
+    rows = [[task, *(elsewhere(runs, task) for runs in sources.values()),
+             played(untrained_result(found, model, task)), played(random_result(found, task))]
+            for task in EVERY]
+    return header, rows if any(sources.values()) else []
 
 
 def elsewhere(runs, task):
     """Return a cell: the runs' return on a task, with its interval over seeds, and success."""
+    if not runs:
+        return "-"
     found = [run["transfer"].get(task) or run["summary"] for run in runs]
     success = np.mean([result["success"] for result in found])
     return f"{plus_minus([result['return'] for result in found])} ({success:.0%})"
 
 
-TABLES = (learning_tables, transfer_tables)
+def efficiency_table(found, model):
+    """Primitive steps and CPU seconds until 90 % of the way, and how many times ours others took.
+
+    A seed that never got there counts with all its steps, so its ratio is a lower bound.
+    """
+    header = ["task", "method", "got there", "primitive steps to 90 %", "CPU seconds to 90 %",
+              "times the steps of TWOSOME, word", "return at the end"]
+    rows = []
+    for task in TASKS if random_result(found, "cheese") else ():
+        lines = methods(found, model, task)
+        for label, runs in lines.items():
+            ways = [reached(found, task, run) for run in runs]
+            steps, seconds, there = zip(*ways, strict=True)
+            bound = "" if all(there) else "≥ "
+            rows.append([task, label, f"{sum(there)} of {len(runs)}",
+                         bound + f"{np.mean(steps):,.0f}", bound + f"{np.mean(seconds):,.0f}",
+                         bound + ratio_cell(found, task, lines, label), plus_minus(returns(runs))])
+    return header, rows
+
+
+def steps_of(found, task, runs):
+    """Return the primitive steps to 90 % of each run."""
+    return np.array([reached(found, task, run)[0] for run in runs], float)
+
+
+def ratio(found, task, lines, label):
+    """Return (ratio of mean steps to 90 %, its 95 % interval): a method against TWOSOME, word."""
+    theirs = [steps_of(found, task, lines[label])]
+    ours = [steps_of(found, task, lines["TWOSOME, word"])]
+
+    def measure(theirs, ours):
+        """Return the ratio of the means."""
+        return np.mean(theirs) / max(np.mean(ours), 1)
+
+    return measure(theirs, ours), bootstrap(measure, theirs, ours)
+
+
+def ratio_cell(found, task, lines, label):
+    """Return a cell with the ratio and its interval."""
+    if label == "TWOSOME, word" or "TWOSOME, word" not in lines:
+        return "1" if label == "TWOSOME, word" else "-"
+    middle, ends = ratio(found, task, lines, label)
+    return f"{middle:.2f} {interval(*ends)}"
+
+
+def aggregate_table(found, model):
+    """The four tasks together: chance is 0, the best possible 1; intervals from the bootstrap."""
+    header = ["method", "runs", "interquartile mean at the end", "after TWOSOME's steps",
+              "chance that TWOSOME, word is better then"]
+    lines = {}
+    for task in TASKS if random_result(found, "cheese") else ():
+        for label, runs in methods(found, model, task).items():
+            lines.setdefault(label, {})[task] = runs
+    ours = lines.get("TWOSOME, word", {})
+    budgets = {task: np.mean([run["summary"]["primitive_steps"] for run in runs])
+               for task, runs in ours.items()}
+    rows = []
+    for label, tasks in lines.items():
+        if [*tasks] != [*TASKS] or [*ours] != [*TASKS]:
+            continue  # a mean over other tasks would compare with nothing
+        ends = [scaled(found, task, returns(runs)) for task, runs in tasks.items()]
+        then = [scaled(found, task, at_steps(runs, budgets[task])) for task, runs in tasks.items()]
+        mine = [scaled(found, task, at_steps(ours[task], budgets[task])) for task in TASKS]
+        cells = [f"{measure(*samples):.3f} {interval(*bootstrap(measure, *samples), '.3f')}"
+                 for measure, samples in ((interquartile_mean, [ends]),
+                                          (interquartile_mean, [then]),
+                                          (probability_of_improvement, [mine, then]))]
+        cells[2] = "-" if label == "TWOSOME, word" else cells[2]
+        rows.append([label, str(sum(map(len, tasks.values()))), *cells])
+    return header, rows
+
+
+def saycan_table(found, model):
+    """SayCan-style: the untrained LLM's score times an affordance; sampled, and greedy."""
+    kinds = [f"{kind}, {how}" for kind in ("admissible", "possible", "value")
+             for how in ("sampled", "greedy")]
+    rows = []
+    for task, norm in itertools.product(TASKS, ("word", "sum")):
+        for record in select(found, "saycan", model=model, task=task, norm=norm):
+            rows.append([task, norm, *(played(record["results"][kind]) for kind in kinds),
+                         played(record["judge"])])
+    return ["task", "LLM's score", *kinds, "PPO that gave the value"], rows
+
+
+NORMS = ("word", "token", "sum")
+
+
+def norms_table(found, model):
+    """The three normalisations: untrained, and what they become."""
+    rows = []
+    for task, norm in itertools.product(EVERY, NORMS):
+        runs = learned(found, model, task, norm)
+        bare = untrained_result(found, model, task, norm)
+        if bare or runs:
+            rows.append([task, norm, played(bare),
+                         plus_minus(returns(runs), ".4f"), entropies(runs)])
+    return ["task", "normalisation", "untrained LLM", "return after learning",
+            "entropy, first to last update"], rows
+
+
+def entropies(runs):
+    """Return the mean entropy of the runs' first and last update, as a cell."""
+    if not runs:
+        return "-"
+    first, last = (np.mean([run["curve"]["entropy"][at] for run in runs]) for at in (1, -1))
+    return f"{first:.3f} to {last:.3f}"
+
+
+def temperature_table(found, model):
+    """The untrained LLM: is "sum" only sharper? Each made as flat or sharp as the others are."""
+    header = ["task", "normalisation", "entropy", "return",
+              *(f"return at the entropy of {norm}" for norm in NORMS)]
+    rows = []
+    for task in TASKS:
+        for record in select(found, "prior", model=model, task=task):
+            for norm in NORMS:
+                results = record["results"]
+                rows.append([task, norm, f"{record['entropies'][norm]:.3f}",
+                             played(results[norm]),
+                             *(played(results.get(f"{norm} at the entropy of {other}"))
+                               for other in NORMS)])
+    return header, rows
+
+
+def lengths_table(found, model):
+    """How log P of a phrase depends on its length, within a prompt; lengths of the phrases."""
+    header = ["task", "prompts", "phrases", "tokens of a phrase", "words of a phrase",
+              "nats a token (R²)", "nats a word (R²)"]
+    rows = []
+    for task in TASKS:
+        for record in select(found, "prior", model=model, task=task):
+            _, tokens, words = np.array(list(record["phrases"].values())).T
+            rows.append([task, str(record["prompts"]), str(len(tokens)), spread(tokens),
+                         spread(words), *(f"{given(record[name][0], '.2f')}"
+                                          f" ({given(record[name][1], '.2f')})"
+                                          for name in ("nats_a_token", "nats_a_word"))])
+    return header, rows
+
+
+def spread(values):
+    """Return "mean, least to most"."""
+    return f"{np.mean(values):.1f}, {span(values, '.0f')}"
+
+
+def principles_table(found, model):
+    """Each principle broken by itself: the untrained LLM, and what is learned all the same."""
+    header = ["wording", *(f"{task}, untrained" for task in TASKS),
+              *(f"{task}, learned" for task in SHORT)]
+    rows = []
+    for variant in (None, *PRINCIPLES):
+        bare = [played(untrained_result(found, model, task, variant=variant)) for task in TASKS]
+        after = [plus_minus(returns(learned(found, model, task, "word", variant)))
+                 for task in SHORT]
+        rows.append([variant or "as it is", *bare, *after])
+    return header, rows if any(cell != "-" for row in rows[1:] for cell in row[1:]) else []
+
+
+def uneven_table(found, model):
+    """Every second action told in four more words of no meaning, under each normalisation."""
+    rows = []
+    for task, norm in itertools.product(TASKS, NORMS):
+        bare = [untrained_result(found, model, task, norm, variant) for variant in (None, "uneven")]
+        after = [plus_minus(returns(learned(found, model, task, norm, variant)))
+                 for variant in (None, "uneven")]
+        if bare[1]:
+            rows.append([task, norm, *map(played, bare), *after])
+    return ["task", "normalisation", "untrained, as it is", "untrained, uneven",
+            "learned, as it is", "learned, uneven"], rows
+
+
+def rewording_table(found, model):
+    """A trained agent, and the untrained LLM, under other wordings within the principles."""
+    rows = []
+    for task in TASKS:
+        records = select(found, "reworded", model=model, task=task)
+        for wording in records[0]["results"] if records else ():
+            cells = [f"{plus_minus([result['return'] for result in found_here])}"
+                     f" ({np.mean([result['success'] for result in found_here]):.0%})"
+                     for found_here in ([record["results"][wording][side] for record in records]
+                                        for side in ("trained", "untrained"))]
+            rows.append([task, wording, *cells])
+    return ["task", "wording", "trained agent", "untrained LLM"], rows
+
+
+def mask_table(found, model):
+    """The home without the published mask of its actions."""
+    rows = []
+    for task in TASKS:
+        lines = {"TWOSOME, word": [learned(found, model, task, "word", variant)
+                                   for variant in (None, "no-mask")]}
+        for form in ("equal", "tuned"):
+            lines[f"PPO, {form}"] = [select(found, "ppo", task=task, form=form, mask=mask)
+                                     for mask in (None, False)]
+        for label, (masked, free) in lines.items():
+            masked = [run for run in masked if run["arguments"]["seed"] < 100]
+            if free:
+                success = np.mean([run["summary"]["success"] for run in free])
+                rows.append([task, label, plus_minus(returns(masked)), plus_minus(returns(free)),
+                             f"{success:.0%}"])
+    return ["task", "method", "return with the mask", "without it", "success without it"], rows
+
+
+def retention_table(found, model):
+    """What the LLM keeps of itself: perplexity and KL to the base, mean and interval over seeds."""
+    rows = []
+    for task, text in itertools.product(TASKS, ("real", "own")):
+        sides = [record[text] for record in select(found, "retention", model=model, task=task)
+                 if text in record]
+        if sides:
+            rows.append([task, {"real": "real English", "own": "its own kind"}[text],
+                         f"{sides[0]['tokens']:,}", f"{sides[0]['perplexity']['base']:,.2f}",
+                         *(plus_minus([side[name]["change_percent"] for side in sides], ".2f")
+                           for name in ("trained", "merged")),
+                         plus_minus([side["trained"]["kl"] for side in sides], ".4f")])
+    return ["trained on", "text", "tokens", "perplexity of the base", "trained: change in %",
+            "merged: change in %", "KL, nats a token"], rows
+
+
+def ablations_table(found, model):
+    """What a reader would ablate: one thing changed at a time."""
+    known = {record["arguments"].get("variant") for record in found} & {*ABLATIONS, "float32",
+                                                                        "bfloat16"}
+    header = ["change"]
+    for task in SHORT:
+        header += [f"{task}: return", "steps to 90 %", "CPU seconds"]
+    rows = []
+    for variant in (None, *sorted(known)):
+        cells = []
+        for task in SHORT if random_result(found, "cheese") else ():
+            runs = learned(found, model, task, "word", variant)
+            ways = [reached(found, task, run) for run in runs]
+            bound = "" if all(way[2] for way in ways) else "≥ "
+            cells += [plus_minus(returns(runs), ".4f"),
+                      bound + f"{np.mean([way[0] for way in ways]):,.0f}" if runs else "-",
+                      span([run["summary"]["cpu_seconds"] for run in runs]) if runs else "-"]
+        if any(cell != "-" for cell in cells):
+            rows.append([variant or "as it is", *cells])
+    return header, rows if len(rows) > 1 else []
+
+
+def tuning_table(found, model):
+    """The search for the tuned form of PPO, on seeds above 100; it has no LLM."""
+    header = ["setting", *(f"{task}: {what}" for task in TASKS
+                           for what in ("steps to 90 %", "return at the end"))]
+    runs = [run for run in select(found, "ppo", form="tuned") if run["arguments"]["seed"] > 100]
+    rows = {}
+    for run in runs if model == MODELS[0] and random_result(found, "cheese") else ():
+        task = run["arguments"]["task"]
+        setting = run["name"].removeprefix("ppo-tuning-").split(f"-{task}-")[0]
+        rows.setdefault(setting, {}).setdefault(task, []).append(run)
+    return header, [[setting, *(cell for task in TASKS for cell in (
+        given(np.mean(steps_of(found, task, tasks.get(task, []))) if task in tasks else None,
+              ",.0f"), plus_minus(returns(tasks.get(task, [])))))]
+        for setting, tasks in rows.items()]
+
+
+# -----------------------------------------------------------------------------
+# The claims, judged by the same records. The paper's figures are not quoted: they are LLaMA-7B's.
+
+
+def count_of(judged):
+    """Return (measured, verdict) of a list of (what, whether it holds)."""
+    if not judged:
+        return "-", "not measured"
+    failed = [what for what, holds in judged if not holds]
+    text = f"{len(judged) - len(failed)} of {len(judged)}"
+    return text + (f"; not {', '.join(failed)}" if failed else ""), "no" if failed else "yes"
+
+
+def efficient(found, model):
+    """Judge TWOSOME, word, against each baseline without privileged knowledge, task by task."""
+    judged = []
+    for task in TASKS if random_result(found, "cheese") else ():
+        lines = methods(found, model, task)
+        if "TWOSOME, word" not in lines:
+            continue
+        for label in {*lines} & {"PPO, equal", "PPO, tuned", "TWOSOME, random weights"}:
+            judged.append((f"{task} against {label}", ratio(found, task, lines, label)[1][0] > 1))
+        plays = {"the untrained LLM": untrained_result(found, model, task)}
+        for record in select(found, "saycan", model=model, task=task):
+            for how in ("sampled", "greedy"):
+                label = f"SayCan-style ({record['arguments']['norm']}, admissible, {how})"
+                plays[label] = record["results"][f"admissible, {how}"]
+        # Who does not learn is either there from the first step on, or never.
+        judged += [(f"{task} against {label}", scaled(found, task, result["return"]) < 0.9)
+                   for label, result in plays.items() if result]
+    return count_of(sorted(judged))
+
+
+def better_normalised(found, model):
+    """Judge word against sum: the untrained return, and the return after learning."""
+    judged = []
+    for task in TASKS:
+        word, plain = (untrained_result(found, model, task, norm) for norm in ("word", "sum"))
+        if word and plain:
+            judged.append((f"{task}, untrained", word["return"] > plain["return"]))
+        word, plain = (returns(learned(found, model, task, norm)) for norm in ("word", "sum"))
+        if word and plain:
+            judged.append((f"{task}, after learning", np.mean(word) > np.mean(plain)))
+    return count_of(judged)
+
+
+def beats_untrained(found, model):
+    """Judge the trained agents against the untrained LLM on the tasks they learned."""
+    judged = []
+    for task in TASKS:
+        runs, bare = learned(found, model, task), untrained_result(found, model, task)
+        if runs and bare:
+            judged.append((task, min(returns(runs)) > bare["return_interval"][1]))
+    return count_of(judged)
+
+
+def generalises(found, model):
+    """Judge each task's agents on every task they never saw: no worse than the untrained LLM."""
+    judged = []
+    for source, task in itertools.product(TASKS, EVERY):
+        runs, bare = learned(found, model, source), untrained_result(found, model, task)
+        if runs and bare and source != task:
+            mean = np.mean([run["transfer"][task]["return"] for run in runs])
+            judged.append((f"{source} on {task}", mean >= bare["return"]))
+    return count_of(judged)
+
+
+def keeps(found, model):
+    """Judge what the LLM keeps: perplexity on real English within 2 % of the base."""
+    judged = [(f"{record['arguments']['task']} seed {record['arguments']['seed']}",
+               record["real"]["trained"]["change_percent"] <= 2)
+              for record in select(found, "retention", model=model)]
+    return count_of(judged)
+
+
+def unmasked(found, model):
+    """Judge learning without the home's mask: 90 % of the way at the end."""
+    judged = []
+    for task in TASKS if random_result(found, "cheese") else ():
+        runs = learned(found, model, task, "word", "no-mask")
+        if runs:
+            judged.append((task, scaled(found, task, np.mean(returns(runs))) >= 0.9))
+    return count_of(judged)
+
+
+CLAIMS = {
+    "TWOSOME takes fewer steps to 90 % than every baseline without privileged knowledge, interval"
+    " above 1": efficient,
+    "word normalisation is better than none": better_normalised,
+    "finetuning by PPO beats the prompted LLM": beats_untrained,
+    "on unseen tasks a trained agent is no worse than the untrained LLM": generalises,
+    "the LLM keeps its own ability (perplexity on real English within 2 %)": keeps,
+    "both home tasks are learned without their action mask (a reader's question)": unmasked,
+}
+
+
+def claims_table(found, model):
+    """Each claim, what was measured, and whether it holds."""
+    return ["claim", "holds in", "holds"], [[claim, *judge(found, model)]
+                                            for claim, judge in CLAIMS.items()]
+
+
+TABLES = {"learning": learning_table, "transfer": transfer_table, "efficiency": efficiency_table,
+          "aggregate": aggregate_table, "saycan": saycan_table, "norms": norms_table,
+          "temperature": temperature_table, "lengths": lengths_table,
+          "principles": principles_table, "uneven": uneven_table, "rewording": rewording_table,
+          "mask": mask_table, "retention": retention_table, "ablations": ablations_table,
+          "tuning": tuning_table, "claims": claims_table}
+
+
+# -----------------------------------------------------------------------------
+# The report.
+
+
+def markdown(header, rows):
+    """Return a table in Markdown."""
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows)) + "\n"
 
 
 def report(options):
     """Write tables and pictures, and put the tables into both READMEs. Returns 0."""
     found = records(options)
-    tables = [table for make in TABLES for table in make(found)]
-    texts = {}
-    for table in tables:
-        text = f"## {table.group}: {table.key}\n\n{table.markdown()}\n"
-        texts[table.group] = texts.get(table.group, "") + text
-        write_csv(options, f"{table.group}-{table.key}", [table.header, *table.rows])
-    for group, text in texts.items():
+    if not found:
+        raise ClaimsError(f"nothing is stored in {options.out}/runs yet; leave out --report")
+    blocks = {}
+    for group, make in TABLES.items():
+        text = ""
+        for model in MODELS:
+            header, rows = make(found, model)
+            blocks[f"{group} {model}"] = markdown(header, rows)
+            text += f"## {group}: {model}\n\n{markdown(header, rows)}\n"
+            write_csv(options, f"{group}-{model}", [header, *rows])
         write_text(os.path.join(options.out, f"{group}.md"), text)
     write_csv(options, "learning", list_of_runs(found))
     draw(options, found)
-    blocks = {f"{table.group} {table.key}": table.markdown() for table in tables}
+    draw_prior(options, found)
     for path in options.readmes:
         if os.path.exists(path):
             with open(path, encoding="utf-8") as file:
-                write_text(path, filled_in(file.read(), blocks))
+                text = file.read()
+            write_text(path, filled_in(text, blocks))
     return 0
 
 
 def list_of_runs(found):
     """Return the rows of learning.csv: every run that learned, one a row."""
-    names = ("model", "norm", "variant", "form", "task", "seed")
+    names = ("model", "norm", "variant", "form", "mask", "task", "seed")
     ends = ("steps", "primitive_steps", "return", "success", "best", "cpu_seconds")
     rows = [["kind", *names, *ends, "peak_mib"]]
     for record in found:
@@ -742,7 +1201,7 @@ def list_of_runs(found):
 
 
 def filled_in(text, blocks):
-    """Return a README with each `<!-- name -->` ... `<!-- end -->` holding its block."""
+    """Return a README with each `<!-- group model -->` ... `<!-- end -->` holding its table."""
     def block(match):
         inner = blocks.get(match[1])
         return match[0] if inner is None else f"<!-- {match[1]} -->\n{inner}<!-- end -->"
@@ -768,60 +1227,80 @@ def write_csv(options, name, rows):
 # Pictures.
 
 
-def curve(runs, axis):
-    """Return (x, mean, half width) of the runs' returns along "steps" or "primitive_steps"."""
-    lines = []
-    for run in runs:
-        points = [(x or 0, y) for x, y in zip(run["curve"][axis], run["curve"]["return"],
-                                              strict=True) if y is not None]
-        lines.append(np.array(points).T)  # [2, points]
-    x = np.linspace(0, min(line[0, -1] for line in lines), 200)
-    return x, *across([np.interp(x, *line) for line in lines])
-
-
-def methods(found, task):
-    """Return {label: runs} of what is drawn for a task."""
-    lines = {}
-    for model in MODELS:
-        for norm in ("word", "token", "sum"):
-            lines[f"{model}, {norm}"] = trained_runs(found, model, task, norm)
-    return {label: runs for label, runs in lines.items() if runs}
+def picture(options, name, figure):
+    """Write a figure as PNG and SVG. Without a date, the same results give the same files."""
+    from matplotlib import rc_context
+    with rc_context({"svg.hashsalt": "twosome"}):
+        figure.savefig(os.path.join(options.out, f"{name}.png"), dpi=110)
+        figure.savefig(os.path.join(options.out, f"{name}.svg"), metadata={"Date": None})
 
 
 def draw(options, found):
-    """Draw return while learning, a panel a task: by primitive steps, and by macro-actions."""
-    from matplotlib import rc_context
+    """Draw return while learning: a row an LLM, a panel a task; by primitive steps, and actions."""
     from matplotlib.figure import Figure
+    models = [model for model in MODELS if any(learned(found, model, task) for task in TASKS)]
     for axis, name, label in (("primitive_steps", "learning", "primitive steps"),
                               ("steps", "learning-actions", "macro-actions")):
-        figure = Figure(figsize=(12, 3.2), layout="constrained")
-        panels = figure.subplots(1, len(TASKS))
-        for panel, task in zip(panels, TASKS, strict=True):
-            draw_task(panel, found, task, axis)
-            panel.set(title=task, xlabel=label)
-        handles = {text: line for panel in panels
-                   for line, text in zip(*panel.get_legend_handles_labels(), strict=True)}
-        panels[0].set_ylabel("return, mean and 95 %")
-        if handles:
-            figure.legend(handles.values(), handles, loc="outside lower center", ncols=6,
-                          frameon=False)
-        # Without a date and with fixed names, the same results give the same file.
-        with rc_context({"svg.hashsalt": "twosome"}):
-            figure.savefig(os.path.join(options.out, f"{name}.png"), dpi=120)
-            figure.savefig(os.path.join(options.out, f"{name}.svg"), metadata={"Date": None})
+        if not models:
+            continue
+        figure = Figure(figsize=(12, 2.6 * len(models) + 0.6), layout="constrained")
+        panels = figure.subplots(len(models), len(TASKS), squeeze=False)
+        handles = {}
+        for row, model in zip(panels, models, strict=True):
+            row[0].set_ylabel(f"{model}: return")
+            for panel, task in zip(row, TASKS, strict=True):
+                draw_task(panel, found, model, task, axis)
+                panel.set(title=task, xlabel=label)
+                lines, texts = panel.get_legend_handles_labels()
+                handles |= dict(zip(texts, lines, strict=True))
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=5,
+                      frameon=False)
+        picture(options, name, figure)
 
 
-def draw_task(panel, found, task, axis):
-    """Draw the curves of a task, the best possible return and chance."""
-    for label, runs in methods(found, task).items():
+# One colour a method, in every panel.
+COLOURS = {"TWOSOME, word": "C0", "TWOSOME, token": "C1", "TWOSOME, sum": "C2",
+           "TWOSOME, random weights": "C3", "PPO, published": "C4", "PPO, equal": "C5",
+           "PPO, tuned": "C6"}
+
+
+def draw_task(panel, found, model, task, axis):
+    """Draw the curves of a task with their intervals, the best possible return and chance.
+
+    The panel ends where three times TWOSOME's steps are over: PPO goes on far beyond.
+    """
+    ends = []
+    for label, runs in methods(found, model, task).items():
         x, mean, half = curve(runs, axis)
-        line, = panel.plot(x, mean, label=label, linewidth=1.2)
-        panel.fill_between(x, mean - half, mean + half, color=line.get_color(), alpha=0.2,
+        panel.plot(x, mean, label=label, linewidth=1.2, color=COLOURS[label])
+        panel.fill_between(x, mean - half, mean + half, color=COLOURS[label], alpha=0.2,
                            linewidth=0)
-    best = envs.make(TASKS[task], task=task).best_return
-    panel.axhline(best, color="black", linewidth=0.8, linestyle="--", label="best possible")
+        ends += [x[-1]] if label.startswith("TWOSOME") else []
+    panel.set_xlim(0, 3 * max(ends) if ends else None)
+    panel.axhline(best_return(task), color="black", linewidth=0.8, linestyle="--",
+                  label="best possible")
     if chance := random_result(found, task):
         panel.axhline(chance["return"], color="grey", linewidth=0.8, linestyle=":", label="random")
+
+
+def draw_prior(options, found):
+    """Draw the untrained LLM's action probabilities in one state under the normalisations."""
+    from matplotlib.figure import Figure
+    shown = [record for record in select(found, "prior")
+             if record["arguments"]["task"] in ("tomato-salad", "food-preparation")]
+    if not shown:
+        return
+    figure = Figure(figsize=(4.6 * len(shown), 3.4), layout="constrained")
+    for panel, record in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        state = record["state"]
+        places = np.arange(len(state["phrases"]))
+        for shift, norm in enumerate(NORMS):
+            panel.barh(places + 0.27 * (shift - 1), state[norm], height=0.25, label=norm)
+        panel.set(yticks=places, yticklabels=state["phrases"], xlim=(0, 1),
+                  title=f"{record['arguments']['model']}, {record['arguments']['task']}")
+        panel.invert_yaxis()
+    panel.legend(frameon=False)
+    picture(options, "normalisation", figure)
 
 
 # -----------------------------------------------------------------------------
@@ -843,8 +1322,11 @@ def parse(argv):
     parser.add_argument("--report", action="store_true", help="make tables and pictures, run none")
     parser.add_argument("--quick", action="store_true", help="short runs, in runs/quick")
     parser.add_argument("--out", help="folder of the results (experiments/results)")
-    for flag, kind in (("--work", str), ("--job", str), ("--episodes", int)):
-        parser.add_argument(flag, type=kind, help=argparse.SUPPRESS)
+    parser.add_argument("--retention", metavar="RUN", help="measure what a run's LLM keeps")
+    for flag in ("--work", "--job"):
+        parser.add_argument(flag, help=argparse.SUPPRESS)
+    for flag, value in (("--episodes", 0), ("--steps", 2048)):
+        parser.add_argument(flag, type=int, default=value, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.quick:
         options.seeds, options.episodes = options.seeds[:1], options.episodes or 20
@@ -864,6 +1346,9 @@ def main(argv=None):
     try:
         if options.job:
             return work(options.job, options)
+        if options.retention:
+            from experiments import retention as keeping
+            return keeping.main([options.retention])
         if options.report:
             return report(options)
         return listing(options) if options.list else campaign(options)
