@@ -165,7 +165,8 @@ def parse(argv):
     if not 0 <= (options.delay or 0) <= 60:
         raise ppo.PPOError(f"delay is {options.delay}; it must lie between 0 and 60 seconds")
     options.which = getattr(options, "from") or "last"
-    options.prompt = options.prompt or "Your next step is to"
+    if options.prompt is None:
+        options.prompt = "Your next step is to"
     options.watching = options.watch is not None
     options.folder = options.eval or options.watch or ""
     folder = options.resume or options.folder
