@@ -58,7 +58,8 @@ def call(what, function, *args, **kwargs):
             last = traceback.extract_tb(frames)[-1]
             line += f" (line {last.lineno} of {last.filename})"
         wrong = WorldError(line)
-        wrong.traceback = "".join(traceback.format_exception(type(error), error, frames))
+        if frames:
+            wrong.traceback = "".join(traceback.format_exception(type(error), error, frames))
         raise wrong from error
 
 
