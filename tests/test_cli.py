@@ -345,6 +345,15 @@ def test_tokens_shows_the_policy_after_its_prompt(capfd):
         assert phrase in line and line.count("|") >= len(phrase.split()) - 1
 
 
+@pytest.mark.parametrize("flags, prompt", [([], "Your next step is to"), (["--prompt", ""], "")])
+def test_an_empty_prompt_is_none_of_ours(flags, prompt, capfd):
+    assert twosome.main(["--tokens", "go", "wait", *flags]) == 0
+    title, _, go, _ = lines(capfd.readouterr().out)
+    assert title == f"after {prompt!r}"
+    log_pi, = twosome.score_actions_naive(*models.load("pocket_lm"), [prompt], [["go", "wait"]])
+    assert float(go.split()[3]) == pytest.approx(log_pi[0].exp().item(), abs=1e-3)
+
+
 @pytest.mark.parametrize("name", ["none", "sum"])
 def test_none_is_what_sum_means(name, finished, capfd):
     flags = ["--eval", "--norm", name, "--episodes", "5"]
@@ -486,7 +495,7 @@ BAD = [
     ("--from last", "--resume"), ("--prompt x", "--tokens"), ("--delay 1", "--watch"),
     ("--gif x.gif", "--watch"), ("--greedy", "--eval"), ("--watch --delay -1", "between 0 and"),
     ("--tokens ' '", "empty"), ("--tokens 'go on' 'go on'", "same tokens"),
-    ("--tokens go --prompt 'to '", "ends in"), ("--tokens go --prompt ''", "no token"),
+    ("--tokens go --prompt 'to '", "ends in"),
     ("--env-args size", "key=value"), ("--env nowhere:World", "nowhere"),
     ("--env missing.py:World", "missing.py"), ("--env overcooked --env-args colour=3", "colour"),
     ("--out empty/../x", "run"),
