@@ -1,0 +1,550 @@
+"""The measurement measures what it says: jobs, stored files, statistics, tables and baselines."""
+import csv
+import filecmp
+import json
+import math
+import os
+import shutil
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import envs
+import ppo
+import prompts
+import twosome
+from engine import command
+from experiments import baselines, claims, retention
+
+EVERY_GROUP = ["--only", *claims.GROUPS]
+
+# -----------------------------------------------------------------------------
+# Statistics, against independent answers.
+
+
+@pytest.mark.parametrize("freedom", (1, 2, 4, 9, 30, 31, 100))
+def test_the_t_quantile_leaves_two_and_a_half_per_cent_above_it(freedom):
+    """Integrate Student's density, which NumPy can, up to the quantile."""
+    x = np.linspace(0, claims.t_quantile(freedom), 100_001)
+    scale = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2) / (freedom * math.pi) ** 0.5
+    density = scale * (1 + x * x / freedom) ** (-(freedom + 1) / 2)
+    assert 0.5 + np.trapezoid(density, x) == pytest.approx(0.975, abs=2e-4)
+
+
+def test_an_interval_over_seeds_is_the_textbooks():
+    mean, half = claims.across([0.1, 0.2, 0.3])
+    assert mean == pytest.approx(0.2)
+    assert half == pytest.approx(4.303 * 0.1 / 3**0.5)
+    assert np.isnan(claims.across([0.1])[1])
+    assert claims.plus_minus([0.5]) == "0.500"
+    assert claims.plus_minus([]) == "-"
+
+
+def test_the_interquartile_mean_leaves_out_a_quarter_on_each_side():
+    assert claims.interquartile_mean([np.array([0, 1, 100]), np.array([2, -50, 3, 4, 5])]) == 2.5
+
+
+def test_the_probability_of_improvement_counts_pairs_and_half_a_tie():
+    mine, theirs = [np.array([1, 2]), np.array([5])], [np.array([1, 0]), np.array([6])]
+    assert claims.probability_of_improvement(mine, theirs) == pytest.approx((3.5 / 4 + 0) / 2)
+
+
+def test_the_bootstrap_draws_seeds_within_each_task():
+    sample = [np.array([0.0, 1.0]), np.array([10.0, 10.0])]
+    low, high = claims.bootstrap(lambda tasks: np.mean([task.mean() for task in tasks]), sample)
+    assert (low, high) == (5.0, 5.5)
+
+
+# -----------------------------------------------------------------------------
+# The table of jobs.
+
+
+def jobs(*flags):
+    return claims.table_of_jobs(claims.parse([*EVERY_GROUP, *flags]))
+
+
+def test_every_job_can_be_done_and_has_a_name_of_its_own():
+    options = claims.parse(EVERY_GROUP)
+    found = [job for group in claims.GROUPS.values() for job in group(options)]
+    arguments = {}
+    for job in found:
+        assert job.kind in claims.KINDS
+        assert json.loads(json.dumps(job.arguments)) == job.arguments
+        assert 0 < job.minutes < 60
+        # A job that two groups share is the same job in both.
+        assert arguments.setdefault(job.name, job.arguments) == job.arguments
+        change = job.arguments.get("change") or ""
+        assert not change or change in baselines.VARIANTS
+        if job.kind == "untrained" and "variant" in job.arguments:
+            assert job.arguments["variant"] in baselines.VARIANTS
+    assert {job.kind for job in found} == {*claims.KINDS}
+    # The seeds on which anything was chosen are never those that are reported.
+    for job in claims.tuning_jobs(options):
+        assert job.arguments["seed"] > 100
+
+
+def test_every_run_is_a_command_that_the_command_line_takes(tmp_path, monkeypatch):
+    monkeypatch.setattr(baselines, "random_weights", lambda *args: None)
+    for job in jobs("--models", "pocket_lm", "smollm2", "--seeds", "1"):
+        if job.kind == "learn":
+            script, *flags = claims.command_of(job.arguments, str(tmp_path / "run"))
+            assert os.path.exists(script)
+            at = flags.index("--out")
+            flags = [flag for flag in flags[:at] if flag.startswith("--")]
+            config, _ = command.parse(flags)
+            assert (config.task, config.seed) == (job.arguments["task"], 1)
+
+
+def test_a_run_that_was_begun_is_resumed_and_one_that_cannot_be_begins_again(tmp_path):
+    job = claims.learn_job(claims.parse([]), "pocket_lm", "word", "tomato-salad", 1).arguments
+    (tmp_path / "config.json").write_text("{}")
+    assert claims.command_of(job, str(tmp_path))[1:] == ["--resume", str(tmp_path)]
+    changed = {**job, "change": "full-finetune"}
+    assert "--resume" not in claims.command_of(changed, str(tmp_path))
+    assert not tmp_path.exists()
+
+
+# -----------------------------------------------------------------------------
+# Stored files.
+
+
+def test_numbers_are_stored_in_five_digits_and_nan_as_null(tmp_path):
+    path = str(tmp_path / "x.json")
+    claims.write_json(path, {"a": [np.float32(0.123456789), 30_720.0, 1_234_567, float("nan")],
+                             "b": {"c": np.array([1e-7])}})
+    assert claims.read_json(path) == {"a": [0.12346, 30_720, 1_234_567, None], "b": {"c": [1e-7]}}
+    assert os.listdir(tmp_path) == ["x.json"]
+
+
+@pytest.mark.parametrize("text, why", (
+    ('{"format": 1, "name": "random", "kind"', "torn or no JSON object"),
+    ("[]", "torn or no JSON object"),
+    ('{"format": 7, "name": "random"}', "another version or foreign"),
+    ('{"format": 1, "name": "elsewhere"}', "another version or foreign"),
+    ('{"format": 1, "name": "random", "arguments": {"episodes": 3}}', "with other arguments")))
+def test_a_stored_file_that_cannot_be_used_is_one_line(tmp_path, capsys, text, why):
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    (folder / "random.json").write_text(text)
+    assert claims.main(["--only", "learning", "--out", str(tmp_path)]) == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert why in line and "random.json" in line and "delete it" in line
+    assert (folder / "random.json").read_text() == text  # nothing measured is lost
+
+
+def test_a_report_without_anything_stored_is_one_line(tmp_path, capsys):
+    assert claims.main(["--report", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert os.listdir(tmp_path) == []
+
+
+# -----------------------------------------------------------------------------
+# A campaign, whole.
+
+
+@pytest.fixture(scope="module")
+def campaign(tmp_path_factory):
+    """A folder in which the smallest campaign has run, and its flags."""
+    folder = tmp_path_factory.mktemp("campaign")
+    flags = ["--quick", "--only", "learning", "--tasks", "food-preparation", "--episodes", "2",
+             "--steps", "256", "--work", str(folder / "work"), "--out", str(folder / "out")]
+    assert claims.main(flags) == 0
+    return folder, flags
+
+
+def test_a_finished_run_leaves_one_small_file(campaign):
+    folder, _ = campaign
+    names = sorted(os.listdir(folder / "out" / "runs"))
+    assert names == ["learn-pocket_lm-word-food-preparation-1.json", "random.json",
+                     "untrained-pocket_lm-word-food-preparation.json"]
+    path = folder / "out" / "runs" / names[0]
+    record = claims.read_record(str(path))
+    assert path.stat().st_size < 20_000
+    assert str(folder) not in path.read_text()
+    assert record["curve"]["steps"] == [0, 256]
+    assert record["summary"]["primitive_steps"] == 256
+    assert 100 < record["peak_mib"] < 4000
+    assert {*record["transfer"]} == {*claims.EVERY} - {"food-preparation"}
+    assert record["settings"]["policy_lr"] == 2e-3
+
+
+def test_what_is_stored_is_not_measured_again(campaign):
+    """Not even if runs/ was thrown away."""
+    folder, flags = campaign
+    shutil.rmtree(folder / "work")
+    start = time.perf_counter()
+    assert claims.main(flags) == 0
+    assert time.perf_counter() - start < 1
+
+
+def test_the_evaluations_elsewhere_go_on_where_they_were(campaign, tmp_path, monkeypatch):
+    """A job that was killed among them plays only those that are left."""
+    record = claims.read_record(str(next((campaign[0] / "out" / "runs").glob("learn-*.json"))))
+    kept = {name: record[name] for name in ("peak_mib", "transfer")}
+    del kept["transfer"]["laundry"]
+    claims.write_json(str(tmp_path / "claims.json"), kept)
+    for name in ("config.json", "summary.json"):
+        claims.write_json(str(tmp_path / name), {"out": "x", "model": "y"})
+    (tmp_path / "metrics.csv").write_text(f"{','.join(claims.CURVE)}\n" + ",".join("0" * 8) + "\n")
+    asked = []
+    monkeypatch.setattr(twosome, "load", lambda folder: ("the agent", None))
+    monkeypatch.setattr(claims, "play", lambda *args: asked.append(args) or {"return": 1.0})
+    facts = claims.learn(record["arguments"], str(tmp_path))
+    assert asked == [("the agent", "virtualhome", "laundry", 2)]
+    assert facts["transfer"]["laundry"] == {"return": 1.0}
+    assert facts["peak_mib"] == record["peak_mib"]
+
+
+def test_a_job_that_fails_is_named_and_the_others_go_on(tmp_path, capfd, monkeypatch):
+    bad = claims.Job("bad", "learn", {"env": "no"}, 1)
+    monkeypatch.setattr(claims, "table_of_jobs", lambda options: [bad])
+    flags = ["--work", str(tmp_path), "--out", str(tmp_path / "out"), "--jobs", "1"]
+    assert claims.main(flags) == 1
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith("bad: exit code") and "bad.log" in last
+    assert not (tmp_path / "out").exists()
+
+
+# -----------------------------------------------------------------------------
+# The report, on invented results.
+
+
+def invented_run(kind, name, task, seed, rise, **arguments):
+    """Return a record whose return rises evenly to the best possible until `rise` steps."""
+    best = claims.best_return(task)
+    steps = [0, rise, 2 * rise]
+    end = {"steps": 2 * rise, "primitive_steps": 2 * rise, "return": best - seed / 1000,
+           "success": 1.0, "best": best, "cpu_seconds": 10.0 + seed}
+    transfer = {other: {"return": 0.1 * seed, "success": 0.5} for other in claims.EVERY}
+    del transfer[task]
+    return {"format": 1, "name": f"{name}-{task}-{seed}", "kind": kind,
+            "arguments": {"task": task, "seed": seed, **arguments}, "summary": end,
+            "peak_mib": 400 + seed, "transfer": transfer,
+            "curve": {"update": [0, 1, 2], "steps": steps,
+                      "primitive_steps": [None, *steps[1:]], "return": [0.0, best, best],
+                      "success": [0, 1, 1], "entropy": [None, 1.0, 0.5], "kl": [None, 0.0, 0.0],
+                      "cpu_seconds": [0.0, 5.0, 10.0]}}
+
+
+@pytest.fixture
+def invented(tmp_path):
+    """A folder of results in which every figure is known."""
+    result = {"return": 0.0, "success": 0.0, "return_interval": [0.0, 0.0]}
+    found = [{"format": 1, "name": "random", "kind": "random", "arguments": {},
+              "results": dict.fromkeys(claims.EVERY, result)}]
+    for task in claims.TASKS:
+        for seed in (1, 2, 3):
+            found.append(invented_run("learn", "twosome", task, seed, 1000, model="pocket_lm",
+                                      norm="word"))
+            found.append(invented_run("ppo", "ppo", task, seed, 4000, form="equal"))
+    for record in found:
+        claims.write_json(str(tmp_path / "runs" / f"{record['name']}.json"), record)
+    return tmp_path
+
+
+def rows_of(folder, name):
+    with open(folder / f"{name}.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_tables_say_what_was_stored(invented):
+    assert claims.main(["--report", "--out", str(invented)]) == 0
+    first = rows_of(invented, "learning-pocket_lm")[0]
+    assert first["task"] == "tomato-salad"
+    assert first["return of each seed"] == "0.9195, 0.9185, 0.9175"
+    assert first["mean ± 95 %"] == "0.9185 ± 0.0025"  # 4.303 * 0.001 / sqrt(3)
+    assert first["random"] == "0.000 (0.0%)"
+    assert first["CPU seconds"] == "11 to 13"
+    assert first["peak MiB"] == "401 to 403"
+    assert rows_of(invented, "transfer-pocket_lm")[1]["trained on tomato-salad"].startswith("0.200")
+    steps = {row["method"]: row for row in rows_of(invented, "efficiency-pocket_lm")
+             if row["task"] == "tomato-salad"}
+    assert steps["TWOSOME, word"]["primitive steps to 90 %"] == "1,000"
+    ratio = "times the steps of TWOSOME, word"
+    assert steps["PPO, equal"][ratio] == "4.00 (4.00 to 4.00)"
+    both = {row["method"]: row for row in rows_of(invented, "aggregate-pocket_lm")}
+    better = "chance that TWOSOME, word is better then"
+    assert both["PPO, equal"][better] == "1.000 (1.000 to 1.000)"
+    judged = {row["claim"]: row for row in rows_of(invented, "claims-pocket_lm")}
+    assert judged[next(iter(claims.CLAIMS))]["holds in"] == "4 of 4"
+    assert len(rows_of(invented, "learning")) == 24
+
+
+def test_a_seed_that_never_gets_there_counts_with_all_its_steps():
+    run = invented_run("learn", "x", "cheese", 1, 1000)
+    found = [{"kind": "random", "arguments": {},
+              "results": {"cheese": {"return": 0.0}}}]
+    assert claims.reached(found, "cheese", run) == (1000, 5.0, True)
+    run["curve"]["return"] = [0.0, None, 0.1]
+    assert claims.reached(found, "cheese", run) == (2000, 10.0, False)
+
+
+def test_the_same_results_give_the_same_files(invented, tmp_path):
+    again = tmp_path / "again"
+    shutil.copytree(invented / "runs", again / "runs")
+    for folder in (invented, again):
+        assert claims.main(["--report", "--out", str(folder)]) == 0
+    names = [name for name in os.listdir(invented) if "." in name]
+    assert {"learning.md", "learning.csv", "learning.png", "learning.svg",
+            "learning-actions.svg", "claims.md"} <= {*names}
+    same, other, errors = filecmp.cmpfiles(invented, again, names, shallow=False)
+    assert (sorted(same), other, errors) == (sorted(names), [], [])
+
+
+def test_a_readme_gets_its_tables_and_keeps_the_rest():
+    text = ("a\n<!-- learning pocket_lm -->\nold\n<!-- end -->\nb\n"
+            "<!-- output -->\n<!-- other thing -->\nkept\n<!-- end -->\n")
+    once = claims.filled_in(text, {"learning pocket_lm": "| new |\n"})
+    assert once == text.replace("old\n", "| new |\n")
+    assert claims.filled_in(once, {"learning pocket_lm": "| new |\n"}) == once
+
+
+def test_the_readmes_and_tables_are_what_the_stored_results_say(tmp_path):
+    """No figure is written by hand: the report makes the same files again."""
+    stored = os.path.join(claims.RESULTS, "runs")
+    if not os.path.isdir(stored):
+        pytest.skip("nothing is stored yet")
+    shutil.copytree(stored, tmp_path / "runs")
+    options = claims.parse(["--out", str(tmp_path)])
+    for folder in ("", "experiments"):
+        path = tmp_path / f"README-{folder}.md"
+        shutil.copy(os.path.join(claims.ROOT, folder, "README.md"), path)
+        options.readmes.append(str(path))
+    before = [open(path, encoding="utf-8").read() for path in options.readmes]
+    claims.report(options)
+    assert [open(path, encoding="utf-8").read() for path in options.readmes] == before
+    for group in claims.TABLES:
+        with open(os.path.join(claims.RESULTS, f"{group}.md"), encoding="utf-8") as file:
+            assert file.read() == (tmp_path / f"{group}.md").read_text()
+
+
+# -----------------------------------------------------------------------------
+# The baselines.
+
+
+def test_ppo_without_an_llm_keeps_to_the_admissible_actions():
+    env = envs.make("virtualhome")
+    agent = baselines.Vector(env)
+    item = agent.describe(*env.reset())
+    row, = agent.log_probs([item])
+    assert len(row) == len(item[1]) == 5
+    assert row.exp().sum().item() == pytest.approx(1)
+    assert agent.values([item, item]).shape == (2,)
+    # An empty set means that every action is admissible.
+    assert len(agent.describe(np.zeros(11), {"admissible": []})[1]) == 10
+
+
+def test_the_published_form_learns_from_its_reward_and_is_counted_under_ours():
+    """0.1 for the chopped tomato is learnt from, 0.2 is counted; the walk there costs the same."""
+    make = envs.make
+    twin = baselines.Twin(make("overcooked", view=10, chop_reward=0.1),
+                          make("overcooked", view=10))
+    twin.reset(seed=0)
+    rewards = [twin.step(action)[1] for action in (0, 2, 4)]
+    assert twin.told[2] - rewards[2] == pytest.approx(0.1 * 0.99**2)
+    facts = baselines.vector({"env": "overcooked", "task": "tomato-salad", "form": "published",
+                              "seed": 101, "episodes": 2, "settings": {"steps": 1024}})[1]
+    assert facts["settings"]["world"] == {"view": 10, "chop_reward": 0.1}
+    assert facts["curve"]["steps"] == [0, 512, 1024]
+    assert {*facts["curve"]} == {*claims.CURVE}
+
+
+def test_the_forms_of_ppo_differ_in_their_conditions():
+    published, world = baselines.vector_settings("published", "virtualhome", "entertainment")
+    assert (published.gamma, world) == (0.99, {"gamma": 0.99})
+    equal, world = baselines.vector_settings("equal", "virtualhome", "entertainment")
+    assert (equal.gamma, world) == (0.95, {})
+    assert (equal.num_envs, equal.rollout_steps, equal.epochs, equal.minibatch) == (4, 128, 4, 128)
+    assert {*baselines.TUNED} == {*claims.TASKS}
+    for task, env in claims.TASKS.items():
+        baselines.vector_settings("tuned", env, task)[0].validate()
+
+
+def test_affordances_are_what_they_say():
+    env = envs.make("virtualhome", task="food-preparation")
+    possible = baselines.Afforded(env, "possible")
+    _, info = possible.reset()
+    assert info["affordance"] == [1.0] * 5
+    *_, info = possible.step(4)  # walk to the pancake
+    told = dict(zip(info["admissible"], info["affordance"], strict=True))
+    assert told[6] == 1.0  # grab it
+    free = baselines.Afforded(envs.make("virtualhome", mask=False), "possible")
+    _, info = free.reset()
+    assert info["affordance"][6] == 0.0  # nothing can be grabbed from afar
+    assert info["affordance"][8] == 0.0  # nor opened
+
+
+def test_a_value_is_a_share_of_the_best_possible_return():
+    class Judge:
+        def describe(self, obs, info):
+            return obs
+
+        def values(self, items):
+            return torch.tensor([0.5])
+
+    env = envs.make("virtualhome")
+    _, info = baselines.Afforded(env, "value", Judge()).reset()
+    assert info["affordance"] == pytest.approx([0.95 * 0.5 / env.best_return] * 5)
+
+
+def test_saycan_multiplies_scores_and_affordances():
+    class Told:
+        def describe(self, obs, info):
+            return "prompt", ("a", "b", "c")
+
+        def log_probs(self, items):
+            return [torch.tensor([0.2, 0.3, 0.5]).log() for _ in items]
+
+    agent = baselines.SayCan(Told())
+    row, = agent.log_probs([agent.describe(None, {"affordance": [1.0, 0.5, 0.0]})])
+    torch.testing.assert_close(row.exp(), torch.tensor([0.2, 0.15, 0.0]) / 0.35)
+    row, = agent.log_probs([agent.describe(None, {"affordance": [0.0, 0.0, 0.0]})])
+    torch.testing.assert_close(row.exp(), torch.tensor([0.2, 0.3, 0.5]))
+
+
+def test_a_temperature_is_found_at_which_entropies_match():
+    rows = [torch.tensor([0.7, 0.2, 0.1]).log(), torch.tensor([0.5, 0.4, 0.1]).log()]
+    entropy = baselines.mean_entropy(rows, 2.0)
+    assert baselines.matching(rows, entropy) == pytest.approx(2.0, rel=1e-4)
+
+
+def test_the_slope_is_taken_within_each_prompt():
+    lengths = [[1, 2, 3], [2, 4]]
+    values = [[5 - 2 * n for n in lengths[0]], [70 - 2 * n for n in lengths[1]]]
+    assert baselines.slope(values, lengths) == pytest.approx((-2.0, 1.0))
+    assert baselines.slope([[1, 2]], [[3, 3]]) == (None, None)
+
+
+# -----------------------------------------------------------------------------
+# TWOSOME with one thing changed.
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """A function that tells a task's first state under a variant."""
+    usual = twosome.observation_text
+
+    def tell(variant, env="overcooked", task=None, steps=()):
+        monkeypatch.setattr(twosome, "observation_text", usual)
+        baselines.vary(variant)
+        world = envs.make(env, task=task)
+        _, info = world.reset()
+        for action in steps:
+            *_, info = world.step(action)
+        return twosome.observation_text(info)
+
+    yield tell
+    monkeypatch.setattr(twosome, "observation_text", usual)
+
+
+@pytest.mark.parametrize("variant, principle", (
+    ("no-cue", "cohesion"), ("no-articles", "articles"), ("not-named", "preferred actions"),
+    ("one-verb", "our rule, verbs")))
+def test_a_broken_principle_is_the_one_that_the_linter_names(told, variant, principle):
+    found = set()
+    for env in envs.TASKS:
+        for task in envs.TASKS[env][:2]:
+            assert prompts.lint(*told("", env, task)) == []
+            found |= {line.split(":")[0] for line in prompts.lint(*told(variant, env, task))}
+    assert found == {principle}
+
+
+def test_one_phrase_an_action_whatever_it_does(told):
+    first = told("one-phrase", "overcooked", "tomato-lettuce-salad")
+    later = told("one-phrase", "overcooked", "tomato-lettuce-salad", steps=(0, 4))
+    assert first[0] != later[0]
+    assert first[1] == later[1]
+    assert "get the tomato" in first[1] and len(set(first[1])) == 8
+    home = told("one-phrase", "virtualhome", "cheese")[1]
+    assert home == ("walk to the living room", "walk to the bathroom", "walk to the bedroom",
+                    "walk to the cheese", "walk to the microwave")
+
+
+@pytest.mark.parametrize("variant", ("uneven", *baselines.OTHER_WORDS))
+def test_other_wordings_keep_the_principles_and_differ(told, variant):
+    for env, task in (("overcooked", "tomato-lettuce-salad"), ("virtualhome", "entertainment")):
+        usual, other = told("", env, task), told(variant, env, task)
+        assert usual != other
+        assert len(set(other[1])) == len(usual[1])
+        assert [line for line in prompts.lint(*other) if "verbs" not in line] == []
+
+
+@pytest.mark.parametrize("variant", ("critic-adapted", "full-finetune", "head-alone"))
+def test_a_variant_trains_what_it_says(variant, monkeypatch):
+    monkeypatch.setattr(twosome, "Agent", twosome.Agent)
+    baselines.vary(variant)
+    flags = "--steps 64 --num-envs 2 --rollout-steps 16 --minibatch 16 --task cheese".split()
+    config, _ = command.parse(flags)
+    agent, make_env = twosome.build(config)
+    before = {name: weight.clone() for name, weight in agent.model.named_parameters()}
+    feature = agent.last_hidden("You see a tomato.")
+    learner = twosome.Trainer(make_env, agent, config, 1)
+    rollout = learner.rollout()
+    learner.update(rollout, torch.randn(16, 2), rollout.values)
+    moved = {name for name, weight in agent.model.named_parameters()
+             if not torch.equal(weight, before[name])}
+    adapted = any("lora_" in name for name in moved)
+    assert adapted == (variant == "critic-adapted")
+    assert variant != "head-alone" or moved == {"base_model.model.lm_head.weight"}
+    assert variant != "full-finetune" or len(moved) > 30
+    same = torch.equal(agent.last_hidden("You see a tomato."), feature)
+    assert same == (variant != "critic-adapted")
+
+
+def test_the_smaller_changes_do_what_they_say(monkeypatch):
+    monkeypatch.setattr(ppo, "normalize_advantages", ppo.normalize_advantages)
+    baselines.vary("no-floor")
+    noise = torch.tensor([1e-5, -1e-5])
+    assert ppo.normalize_advantages(noise).tolist() == pytest.approx([1, -1], rel=1e-2)
+    random = baselines.HeadRandom(*twosome.models.load("pocket_lm"))
+    assert random.critic[-1].weight.abs().max() > 0
+
+
+def test_an_unknown_variant_is_one_line():
+    with pytest.raises(SystemExit, match="unknown variant 'head'; choose one of no-cue"):
+        baselines.main(["head", "--env", "overcooked"])
+
+
+# -----------------------------------------------------------------------------
+# What the LLM keeps.
+
+
+def test_the_real_text_is_the_pinned_one_and_it_is_prose():
+    text = retention.real_text()
+    assert len(text.split()) > 40_000
+    assert not set("`*_<>[]{}=\\|") & set(text)
+
+
+def test_another_text_is_one_line(monkeypatch):
+    monkeypatch.setattr(retention, "PACKAGES", {"filelock": "1"})
+    with pytest.raises(retention.RetentionError, match="another one than was pinned; install"):
+        retention.real_text()
+    monkeypatch.setattr(retention, "PACKAGES", {"no-such-package": "1"})
+    with pytest.raises(retention.RetentionError, match="no-such-package is missing; pip install"):
+        retention.real_text()
+
+
+def test_perplexity_and_kl_are_the_definitions():
+    model, tokenizer = twosome.models.load("pocket_lm")
+    agent = twosome.Agent(model, tokenizer)
+    rows = retention.whole_lines(tokenizer, retention.own_lines(count=4))
+    fresh = retention.compare(agent.model, rows)
+    assert fresh["trained"]["change_percent"] == pytest.approx(0, abs=1e-4)
+    assert fresh["trained"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert 1.5 < fresh["perplexity"]["base"] < 4
+
+    for name, weight in agent.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    moved = retention.compare(agent.model, rows)
+    assert moved["trained"]["kl"] > 1e-3
+    assert moved["merged"]["kl"] == pytest.approx(moved["trained"]["kl"], rel=1e-3)
+    assert moved["perplexity"]["base"] == pytest.approx(fresh["perplexity"]["base"], rel=1e-6)
+    # By hand, for the adapter: the model's own loss is the mean of -log P over a line's tokens.
+    with torch.no_grad():
+        total = sum(agent.model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+                    for ids in rows)
+    tokens = sum(ids.shape[1] - 1 for ids in rows)
+    assert moved["perplexity"]["trained"] == pytest.approx(math.exp(total / tokens), rel=1e-5)
