@@ -641,7 +641,7 @@ def methods(found, model, task):
     """Return {label: records} of all that learned a task: TWOSOME first, then its baselines."""
     lines = {f"TWOSOME, {norm}": learned(found, model, task, norm)
              for norm in ("word", "token", "sum")}
-    lines["TWOSOME, random weights"] = learned(found, "pocket_lm", task, "word", "random-weights")
+    lines["TWOSOME, random weights"] = learned(found, model, task, "word", "random-weights")
     for form in ("published", "equal", "tuned"):
         records = select(found, "ppo", task=task, form=form, mask=None)
         # Seeds above 100 belong to the search for the tuned form.
