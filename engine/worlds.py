@@ -28,8 +28,9 @@ import re
 import sys
 import traceback
 
-CUE = "Your next step is to"  # the paper's section 4.4: the prompt ends on a cue for the next step
-LONGEST = 2000  # our choice: of a world's text, at most so many characters; the newest are kept
+CUE = "Your next step is to"  # paper, section 4.4: a prompt ends on a cue for the next step
+LONGEST = 2000  # our choice: characters of a world's text in a prompt; the newest are kept
+OURS = (__file__, importlib.__file__, "<frozen importlib")  # this file and Python's importer
 
 
 class WorldError(ValueError):
@@ -51,7 +52,7 @@ def call(what, function, *args, **kwargs):
     except (Exception, SystemExit) as error:
         # Leave out our own frames and the importer's: the traceback begins in their code.
         frames = error.__traceback__
-        while frames and is_ours(frames.tb_frame.f_code.co_filename):
+        while frames and frames.tb_frame.f_code.co_filename.startswith(OURS):
             frames = frames.tb_next
         line = " ".join(f"{what} raised {type(error).__name__}: {error}".split())[:400]
         if frames:
@@ -61,11 +62,6 @@ def call(what, function, *args, **kwargs):
         if frames:
             wrong.traceback = "".join(traceback.format_exception(type(error), error, frames))
         raise wrong from error
-
-
-def is_ours(filename):
-    """Tell whether this file or Python's importer is meant."""
-    return filename in (__file__, importlib.__file__) or filename.startswith("<frozen importlib")
 
 
 def kind(value):
@@ -87,7 +83,7 @@ def read_arguments(text):
     for part in re.split(r",(?=\s*\w+\s*=)", text) if text else []:
         name, equals, value = map(str.strip, part.partition("="))
         if not equals or name in found:
-            raise WorldError(f"--env-args has {part[:40]!r}; write key=value,key=value, each once")
+            raise WorldError(f"--env-args has {part[:40]!r}; write key=value,key=value once each")
         found[name] = value
         with contextlib.suppress(Exception):
             found[name] = ast.literal_eval(value)
@@ -165,12 +161,12 @@ class World:
 
     def reset(self, seed=None):
         """Begin an episode. Returns (obs, info)."""
-        seeded = takes_seed(self.world.reset)
-        answer = call(f"{self.task}.reset", self.world.reset, **({"seed": seed} if seeded else {}))
+        options = {"seed": seed} if takes_seed(self.world.reset) else {}
+        answer = call(f"{self.task}.reset", self.world.reset, **options)
         obs, info = self.checked("reset", answer)
         info = self.adapt(obs, info)
         commands = info.get("admissible_commands") is not None
-        if not seeded and not commands:
+        if not options and not commands:
             raise WorldError(f"{self.task}.reset takes no seed: write def reset(self, seed=None)")
         self.is_total = getattr(self.world, "running_total", commands)
         self.score = 0.0
@@ -201,7 +197,7 @@ class World:
         if not isinstance(answer, tuple | list) or len(answer) not in sizes:
             raise WorldError(f"{self.task}.{method} gave a {kind(answer)}, not {shape}")
         if not isinstance(answer[-1], dict):
-            raise WorldError(f"{self.task}.{method} gave a {kind(answer[-1])} as info, not a dict")
+            raise WorldError(f"{self.task}.{method} gave a {kind(answer[-1])} as info, no dict")
         return answer
 
     def adapt(self, obs, info, over=False):
@@ -308,7 +304,8 @@ class TextEnv:
         prompt, phrases = self.render(info["state"])
         admissible = info.get("admissible") or range(len(phrases))
         self.actions = {plain(phrases[k]): k for k in reversed(admissible)}
-        self.text = "\n- ".join([f"{prompt} do one of these:", *(phrases[k] for k in admissible)])
+        choices = [phrases[k] for k in admissible]
+        self.text = "\n- ".join([f"{prompt} do one of these:", *choices])
         self.info = {**info, "is_action_valid": True}
         return self.text, self.info
 

@@ -250,7 +250,7 @@ def fail(self, action):
 MISTAKES = {
     "Broken.reset gave a int, not (obs, info)": {"reset": lambda self, seed=None: 5},
     "Broken.reset gave a tuple of 3": {"reset": lambda self, seed=None: (1, 2, {})},
-    "gave a list of 0 as info, not a dict": {"reset": lambda self, seed=None: (1, [])},
+    "gave a list of 0 as info, no dict": {"reset": lambda self, seed=None: (1, [])},
     'has no "prompt"': {"tell": lambda self: {}},
     "takes no seed: write def reset(self, seed=None)": {
         "reset": lambda self: Corridor.reset(self)},
@@ -357,7 +357,7 @@ def test_arguments_are_literals_or_texts():
 
 @pytest.mark.parametrize("text", ["size", "size=4,size=5", ",", "size 4,name=b"])
 def test_arguments_of_another_form_are_one_line(text):
-    with pytest.raises(WorldError, match="write key=value,key=value, each once"):
+    with pytest.raises(WorldError, match="write key=value,key=value once each"):
         worlds.read_arguments(text)
 
 
