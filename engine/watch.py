@@ -1,29 +1,57 @@
-"""What one sees of a run: its report, its curves and its episodes. Nothing here changes a run."""
-import csv
+"""What one sees of a run: its report, its curves and its episodes. Nothing here changes a result.
+
+    Report                what a run prints and writes while it learns
+    draw_curve, compare   the curves of one run, and of several over each other
+    show                  an episode in the terminal, as plain text or as an animated picture
+
+Terminal, plain text and picture show the same screens, which are lists of lines of text. INKS gives
+some of their characters a colour, when they leave; what others wrote is escaped before that.
+"""
+import contextlib
+import functools
 import io
 import os
+import re
+import shutil
 import sys
+import textwrap
 import time
+import types
 
 import numpy as np
+import torch
 
+import envs
 import ppo
-from engine import models, processes, runs
-from engine.command import COLUMNS, bar, evaluation_line, measure, say, title
+from engine import command, models, processes, runs, worlds
+from engine.command import COLUMNS, clean, escape, evaluation_line, measure, say, title
 
 # -----------------------------------------------------------------------------
 # The report of a run.
 
+# The usual names of tensorboard's curves; what is not here is a loss of the same name.
+TAGS = {"return": "charts/episodic_return", "success": "charts/success", "SPS": "charts/SPS",
+        "rate": "charts/learning_rate", "kl": "losses/approx_kl"}
 
-class Report:
-    """What a run prints and writes while it trains, by its first process alone."""
+
+class Report(contextlib.ExitStack):
+    """What a run prints and writes while it trains, by its first process alone.
+
+    Leaving it closes the progress bar.
+    """
 
     def __init__(self, config, run, learner, make_env):
         """Take what is reported on; `learner` is the Trainer."""
+        super().__init__()
         self.config, self.run, self.trainer, self.make_env = config, run, learner, make_env
         self.best = getattr(make_env(), "best_return", None)
         self.first = learner.rank == 0
-        self.clocks = time.perf_counter(), time.process_time()
+        # board: tensorboard's writer; due: when the curve is drawn next, in the run's seconds.
+        self.clocks, self.board, self.due = (time.perf_counter(), time.process_time()), None, 0.0
+        with contextlib.suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
+            # A resumed run computes again what came after its checkpoint: purge these rows.
+            self.board = self.first and SummaryWriter(run.folder, purge_step=learner.steps + 1)
 
     def spend(self):
         """Add the seconds since the last call to the run's, which a resume goes on counting."""
@@ -33,30 +61,23 @@ class Report:
         self.clocks = now
 
     def begin(self, agent):
-        """Say what will be learnt, and log row 0: the untrained policy, measured."""
+        """Say what will be learnt, log row 0 (the untrained policy), and open the progress bar."""
         if not self.first:
             return
         config = self.config
         say(f"{config.env}: {title(config)}, {config.norm} normalisation, seed {config.seed}"
             f" -> {self.run.folder}")
-        trees = [agent.tree(item) for item in dict.fromkeys(some_items(self.make_env(), agent))]
+        items, chance = random_walk(self.make_env(), agent, config.gamma)
         samples = config.minibatch // config.gradient_accumulation
-        say(models.preflight(agent.model, trees, samples, [agent.critic])[1])
+        say(models.preflight(agent.model, [*map(agent.tree, items)], samples, [agent.critic])[1])
         if not self.trainer.updates:
+            self.run.write("baseline.json", {"random": chance, "optimum": {"return": self.best}})
             untrained = measure(self.make_env, agent, config)
             self.log({"update": 0, "steps": 0, **untrained})
             say(f"untrained  return {untrained['return']:.3f}, success {untrained['success']:.0%}")
-
-    def __enter__(self):
-        """Open the progress bar."""
-        steps = self.config.num_envs * self.config.rollout_steps
-        self.bar = bar(self.trainer.total_updates * steps, "step", initial=self.trainer.steps,
-                       disable=not self.first)
-        return self
-
-    def __exit__(self, *error):
-        """Close the progress bar."""
-        self.bar.close()
+        self.bar = self.enter_context(command.bar(
+            self.trainer.total_updates, "update", initial=self.trainer.updates,
+            bar_format="update {n_fmt} of {total_fmt}{postfix}, {remaining} left |{bar}|"))
 
     def log(self, metrics):
         """Write a row of metrics.csv and move the progress bar."""
@@ -64,33 +85,43 @@ class Report:
         row = {**dict.fromkeys(COLUMNS, float("nan")), **metrics,
                "seconds": round(self.run.seconds, 2), "cpu_seconds": round(self.run.cpu_seconds, 2)}
         self.run.log({name: row[name] for name in COLUMNS})
-        if row["update"]:
+        if self.board:
+            row["rate"] = self.trainer.policy_optimizer.param_groups[0]["lr"]
+            row["SPS"] = row["steps"] / max(row["seconds"], 0.01)
+            for name in (*TAGS, "policy_loss", "value_loss", "entropy", "explained_variance"):
+                self.board.add_scalar(TAGS.get(name, f"losses/{name}"), row[name], row["steps"])
+            self.board.flush()
+        if row["update"] and self.first:
             best = f" of {self.best:.3f}" if self.best is not None else ""
-            self.bar.set_postfix_str(
-                f"update {row['update']}, return {row['return']:.3f}{best}, success"
-                f" {row['success']:.0%}, entropy {row['entropy']:.2f}", refresh=False)
-            self.bar.update(self.trainer.steps - self.bar.n)
+            self.bar.set_postfix_str(f"return {row['return']:.3f}{best}, success"
+                                     f" {row['success']:.0%}, entropy {row['entropy']:.2f}", False)
+            self.bar.update()
 
     def checkpoint(self, agent):
-        """Write a checkpoint, and draw the curve as far as it goes."""
+        """Write a checkpoint, and draw the curve as far as it goes.
+
+        Our choice: at most every 30 seconds, because a picture takes a third of one.
+        """
         self.spend()
         self.run.checkpoint(agent, self.trainer)
-        if self.first:
-            draw_curve(self.run.folder)
+        if self.first and self.run.seconds >= self.due:
+            draw_curve(self.run)
+            self.due = self.run.seconds + 30
 
     def stopped(self, code):
         """Say how to go on after a signal. Returns the exit code."""
         processes.leave()
         if self.first:
+            draw_curve(self.run)
             say(f"stopped after update {self.trainer.updates} of {self.trainer.total_updates};"
                 f" go on with: {runs.again(self.run.folder)}")
         return code
 
     def finish(self, agent):
         """Evaluate the trained agent, and leave the files of a finished run. Returns 0."""
-        folder, config = self.run.folder, self.config
         if not self.first:
             return 0
+        folder, config = runs.quote(self.run.folder), self.config
         if os.path.exists(self.run.path("summary.json")):
             say(f"{folder} is finished: nothing is left to do")
         else:
@@ -102,47 +133,307 @@ class Report:
                 "primitive_steps": self.trainer.episodes.primitive_steps,
                 "seconds": self.run.seconds, "cpu_seconds": self.run.cpu_seconds})
             say(evaluation_line("trained", result, self.best))
-        draw_curve(folder)
-        quoted = runs.quote(folder)
-        say(f"{quoted}: metrics.csv, curve.png, summary.json, checkpoint-*\n"
-            f"next: python twosome.py --watch {quoted}\n"
-            f"      python twosome.py --eval {quoted} --task all")
+        draw_curve(self.run)
+        # A run never imports code, so a world of one's own is named again.
+        world = f" --env {runs.quote(config.env)}" if ":" in config.env else ""
+        say(f"{folder}: metrics.csv, curve.png, summary.json, checkpoint-*\n"
+            f"next: python twosome.py --watch {folder}{world}\n"
+            f"      python twosome.py --eval {folder}{world or ' --task all'}\n"
+            f"      python twosome.py --compare {folder}")
         return 0
 
 
-def some_items(env, agent, steps=200):
-    """Return the items that a random walk meets: what training will take is told from these."""
-    rng = np.random.default_rng(0)
+def random_walk(env, agent, gamma):
+    """Return the items that a random policy meets, and {"return", "success"}: its means.
+
+    From the items is told what training will take. Our choice: 5,000 steps, and 500 in a world
+    of somebody's own, which may be slow.
+    """
+    rng, items, ended, total, steps = np.random.default_rng(0), {}, [], 0.0, 0
     obs, info = env.reset(seed=0)
-    items = []
-    for _ in range(steps):
-        items.append(agent.describe(obs, info))
-        obs, _, done, cut, info = ppo.act(env, info, int(rng.integers(len(items[-1][1]))))
+    for _ in range(500 if isinstance(env, worlds.World) else 5000):
+        item = agent.describe(obs, info)
+        items[item] = None
+        obs, reward, done, cut, info = ppo.act(env, info, int(rng.integers(len(item[1]))))
+        total += gamma ** steps * reward
+        steps += info.get("duration", 1)
         if done or cut:
-            obs, info = env.reset()
-    return items
+            ended.append((total, bool(info.get("success", reward > 0))))
+            (obs, info), total, steps = env.reset(), 0.0, 0
+    return items, dict(zip(PANELS, np.mean(ended or [(np.nan, np.nan)], axis=0), strict=False))
 
 
 # -----------------------------------------------------------------------------
 # Curves.
 
+PANELS = {"return": "return, discounted", "success": "success rate", "entropy": "entropy, nats",
+          "kl": "KL of an update, nats", "explained_variance": "explained variance"}
+LINES = {"random": ":", "optimum": "-"}  # baseline.json says where they are
 
-def draw_curve(folder):
-    """Draw a run's metrics.csv into its curve.png. A picture that fails never fails the run."""
+
+def read_run(folder):
+    """Return (config, metrics.csv as an array, {line: where it is in each panel}) of a run.
+
+    Raises RunError where there is none.
+    """
+    config = runs.fill(command.Config, runs.read_config(folder))
+    rows = runs.read_bytes(os.path.join(folder, "metrics.csv")).decode("latin").splitlines()[1:]
+    known = runs.read_json(os.path.join(folder, "baseline.json"))
+    kinds = [(name, float) for name in COLUMNS]
+    with contextlib.suppress(ValueError, TypeError, AttributeError, KeyError):
+        lines = {line: np.array([*map(known[line].get, PANELS)], float) for line in LINES}
+        return config, np.loadtxt(rows or ["none"], kinds, delimiter=",", ndmin=1), lines
+    raise runs.RunError(f"the metrics of {folder} are empty or damaged")
+
+
+def draw(groups, heading):
+    """Return a PNG's bytes of groups of seeds: lists of (label, table, lines)."""
+    from matplotlib.figure import Figure  # without pyplot, no window system is touched
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    figure.suptitle(heading, parse_math=False)
+    # The legend has a panel of its own, so it covers no line.
+    first, second, legend, *others = figure.subplots(2, 3).flat
+    for n, (panel, name) in enumerate(zip((first, second, *others), PANELS, strict=True)):
+        panel.set(xlabel="macro-actions", ylabel=PANELS[name])
+        for k, group in enumerate(groups):
+            (label, *_, lines), tables = group[0], [table for _, table, _ in group]
+            length, ink = min(map(len, tables)), {"color": f"C{k}"}
+            values = np.stack([table[name][:length] for table in tables])  # [seeds, rows]
+            for line, style in LINES.items():
+                panel.axhline(lines[line][n], ls=style, lw=1, color="grey", label="_" * k + line)
+            # Row 0 of a table is the untrained LLM. A label that begins with _ is not shown.
+            panel.axhline(values[:, 0].mean(), ls="--", label="_" * k + "untrained LLM", **ink)
+            steps, learnt = tables[0]["steps"][1:length], values[:, 1:]
+            panel.plot(steps, learnt.mean(0), label=label.replace("$", r"\$"), **ink)
+            panel.fill_between(steps, learnt.min(0), learnt.max(0), alpha=0.2, **ink)
+    panel.set_ylim(bottom=max(panel.get_ylim()[0], -1))  # explained variance has no lower bound
+    legend.axis("off")
+    legend.legend(*first.get_legend_handles_labels(), loc="center", frameon=False)
+    figure.savefig(data := io.BytesIO(), format="png", dpi=100)
+    return data.getvalue()
+
+
+def draw_curve(run):
+    """Draw a run's curve.png. A picture that fails, or is interrupted, never fails the run."""
     try:
-        from matplotlib.figure import Figure  # without pyplot: no window system is touched
-        with open(os.path.join(folder, "metrics.csv"), newline="") as file:
-            rows = list(csv.DictReader(file))
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.add_subplot()
-        steps = [float(row["steps"]) for row in rows]
-        for name in ("return", "success"):
-            axes.plot(steps, [float(row[name]) for row in rows], label=name)
-        axes.set(xlabel="macro-actions", title=os.path.basename(os.path.abspath(folder)))
-        axes.legend()
-        data = io.BytesIO()
-        figure.savefig(data, format="png", dpi=150)
-        runs.write_bytes(os.path.join(folder, ".tmp-curve.png"), data.getvalue())
-        os.replace(os.path.join(folder, ".tmp-curve.png"), os.path.join(folder, "curve.png"))
-    except Exception as error:
-        print(f"no curve.png: {error}", file=sys.stderr)
+        config, *drawn = read_run(run.folder)
+        heading = f"{config.task}, {config.model[-40:]}, norm {config.norm}, seed {config.seed}"
+        run.write("curve.png", draw([[("policy, last 100 episodes", *drawn)]], clean(heading)))
+    except (Exception, KeyboardInterrupt) as error:
+        runs.tell(clean(f"no curve.png ({type(error).__name__}: {error}); --resume draws it"))
+
+
+def compare(folders, out=""):
+    """Print a table of runs, and draw them over each other. Returns the exit code.
+
+    Runs that differ in nothing but their seeds are one line, named after the first of them.
+    """
+    groups, path = {}, out or "compare.png"
+    for folder in folders:
+        config, *drawn = read_run(folder)
+        key = str({**vars(config), "seed": 0, "out": "", "device": ""})
+        groups.setdefault(key, []).append((clean(folder[-34:]), *drawn))
+    say(f"{'':34} seeds  untrained   trained (lowest to highest)  success")
+    for group in groups.values():
+        rows = np.stack([table[[0, -1]] for _, table, _ in group])  # [seeds, 2]
+        untrained, last = rows["return"].T
+        say(f"{group[0][0]:34} {len(group):5} {untrained.mean():10.4f} {last.mean():8.4f}"
+            f" ({last.min():7.4f} to {last.max():7.4f}) {rows['success'][:, 1].mean():9.1%}")
+    runs.write_bytes(path, draw(groups.values(), ""))
+    say(f"-> {path}")
+    return 0
+
+
+# -----------------------------------------------------------------------------
+# An episode.
+
+
+def moments(config, options, agent, make_env, judge):
+    """Play an episode, always the same one, and yield each moment of it.
+
+    A moment has head, picture, outcome (empty while it goes on), item (prompt, phrases), value
+    (what the critic expects), policies {name: log pi [A]} and choice: the action that follows, or
+    another one where one is sent. judge(item) returns value and policies.
+    """
+    env, reward, total, steps, outcome = make_env(), 0.0, 0.0, 0, ""
+    best = f" of {env.best_return:.3f}" if getattr(env, "best_return", None) is not None else ""
+    obs, info = env.reset(seed=command.EVALUATION_SEED)
+    rng = np.random.default_rng(command.EVALUATION_SEED)
+    for _ in range(200):  # our choice, because a world without a time limit may have no end
+        head = f"{title(config)}: step {steps}, return {total:.3f}{best}, reward {reward:.3f}"
+        moment = types.SimpleNamespace(head=head, picture=drawing(env), outcome=outcome)
+        if outcome:
+            yield moment
+            return
+        moment.item = agent.describe(obs, info)
+        moment.value, moment.policies = judge(moment.item)
+        policy, *_ = moment.policies.values()
+        drawn = ppo.sample(policy, rng)
+        moment.choice = int(policy.argmax()) if options.greedy else drawn
+        choice = yield moment
+        if choice is not None:  # of a world that forgets its seed, it may be too large
+            moment.choice = min(choice, len(moment.item[1]) - 1)
+        obs, reward, done, cut, info = ppo.act(env, info, moment.choice)
+        total += config.gamma ** steps * float(reward)
+        steps += info.get("duration", 1)
+        if done or cut:
+            outcome = "solved" if info.get("success", reward > 0) else "not solved"
+
+
+# -----------------------------------------------------------------------------
+# Screens.
+
+# The colour of what begins with a character: the terminal's (0 is its own), and the picture's.
+INKS = {"░": (0, "#4a525a"), "█": (2, "#2ea043"), "▒": (0, "#8b949e"), "@": (6, "#58a6ff"),
+        "[": (5, "#d29922"), "<": (2, "#3fb950"), "•": (1, "#ff7b72"), ">": (6, "#58a6ff"),
+        "": (0, "#c9d1d9")}  # the last is anything else's
+INKED = re.compile(r"([░█▒]+|@\w*|\[[ \w]*\]|<D>|•[\w ]*\w|^>[^█▒]*)")
+
+
+def drawing(env):
+    """Return the lines of a picture of the world as it is: a render() of text, if it is foreign."""
+    for place, drawn in (("kitchen", kitchen), ("room", home)):
+        if hasattr(env, place):
+            return drawn(env)
+    world = getattr(env, "world", None)
+    if not hasattr(world, "render") or getattr(world, "render_mode", "ansi") != "ansi":
+        return []
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        text = worlds.call("render", world.render) or printed.getvalue()
+    return [escape(line)[:100] for line in re.sub(r"\x1b\[[\d;]*m", "", str(text)).split("\n")]
+
+
+def kitchen(env):
+    """Draw a kitchen: T is a tomato, t a chopped one, B a bowl, and Bt a bowl with it."""
+    letters = {item: item[0] if env.chops.get(item) == envs.CHOPS else item[0].upper()
+               for item in env.kitchen.home}
+    letters["bowl"] += "".join(map(letters.get, env.in_bowl))
+    tiles = {cell: {"K": "[ ]", "D": "<D>", ".": "", "A": ""}.get(symbol, "░░░░░")
+             for cell, symbol in env.kitchen.cells.items()}
+    for item, cell in env.lying.items():
+        tiles[cell] = ("[{}]" if cell in env.kitchen.board_at else "•{}").format(letters[item])
+    tiles[env.agent] = "@" + letters.get(env.holding, "")
+    rows, columns = map(range, env.kitchen.size)
+    return ["".join(f"{tiles[x, y]:^5}" for y in columns) for x in rows]
+
+
+def home(env):
+    """Draw a home, one line a room, with what stands there or is held."""
+    things, nouns = envs.OBJECTS[env.kind], {"tv": "TV", **env.nouns}
+    lines = {room: f"░ {room:12}" + (" @", " @sits")[env.sitting] * (room == env.room)
+             for room in envs.ROOMS}
+    known = {"held": env.held, "near": env.near - env.held, "open": env.open, "on": env.on}
+    for thing in things:
+        place = env.placed.get(thing, thing)
+        facts = [fact for fact in known if thing in known[fact]]
+        facts += [f"at {nouns.get(place, place)}"] * (place != thing)
+        room = env.room if thing in env.held else things[place]
+        lines[room] += f"  •{nouns.get(thing, thing)}" + f" ({', '.join(facts)})" * bool(facts)
+    return list(lines.values())
+
+
+def screen(moment, width, height, foot=""):
+    """Return the lines of one moment. A low window has no blank ones and less of the picture."""
+    rest = ["", f"The episode is over: {moment.outcome}."]
+    if not moment.outcome:
+        size = max(3, width // 11)
+        wide = max(8, width - 5 - (size + 6) * len(moment.policies))
+        table = [f"{f'value {moment.value:.3f}':{wide + 5}}"]
+        table += [f"{' >'[k == moment.choice]}{k + 1:2} {escape(phrase)[:wide]:{wide}} "
+                  for k, phrase in enumerate(moment.item[1])]
+        for name, policy in moment.policies.items():
+            table[0] += f"{name:{size + 6}}"
+            for k, chance in enumerate(policy.exp().tolist(), 1):
+                bar = "▒█"[name == "trained"] * round(size * chance)
+                table[k] += f"{bar:{size}}{chance:5.0%} "
+        parts = (textwrap.wrap(escape(part), width) for part in moment.item[0].split("\n"))
+        rest = ["", *sum(parts, [])[-max(4, height // 3):], "", *table]
+    lines = [moment.head, "", *moment.picture, *rest, foot]
+    if len(lines) > height:
+        lines = [line for line in lines if line]
+    return lines[:1] + lines[1 + max(0, len(lines) - height):]
+
+
+# -----------------------------------------------------------------------------
+# Where they are shown.
+
+
+def show(config, options, agent, make_env):
+    """Play an episode in the terminal, as plain text or into a GIF. Returns the exit code."""
+    @functools.cache
+    @torch.no_grad()
+    def judge(item):
+        policies = {"trained": agent.log_probs([item])[0]} if options.folder else {}
+        with agent.untrained():
+            policies["untrained"] = agent.log_probs([item])[0]
+        return agent.values([item]).item(), policies
+
+    begin = functools.partial(moments, config, options, agent, make_env, judge)
+    if options.gif:
+        open(options.gif, "ab").close()  # what cannot be written is told before it is played
+        runs.write_bytes(options.gif, animation(begin(), options.delay or 1.5))
+        say(f"-> {options.gif}")
+        return 0
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
+    if sys.stdin.isatty() and sys.stdout.isatty() and not plain:
+        import curses
+        with contextlib.suppress(curses.error, UnicodeError):  # a terminal that it does not know
+            curses.wrapper(at_the_keys, curses, begin, options.delay)
+            return 0
+    for moment in begin():
+        lines = screen(moment, min(shutil.get_terminal_size().columns, 100), 999)
+        say("\n".join(map(str.rstrip, lines)).translate(str.maketrans("░█▒•", "##=*")))
+        time.sleep(options.delay or 0)
+    return 0
+
+
+def at_the_keys(window, curses, begin, delay):
+    """Show an episode as the keys want it. With a delay it plays by itself, until a key."""
+    curses.use_default_colors()
+    for number in range(1, 8):
+        curses.init_pair(number, number, -1)
+    choices, at, typed, key = [], 0, "", ""
+    while key != "q":
+        source = begin()  # where we are follows from what was chosen up to here
+        moment = [next(source), *map(source.send, choices[:at])][-1]
+        height, width = window.getmaxyx()
+        foot = f"space: step  ←→: back, forth  number, Enter: act  q: quit {typed}"
+        window.clear()
+        for y, line in enumerate(screen(moment, min(width - 1, 100), height, foot)):
+            window.move(y, 0)
+            for text in INKED.split(escape(line)[:width - 1]):
+                window.addstr(text, curses.color_pair(INKS.get(text[:1], INKS[""])[0]))
+        window.timeout(-1 if delay is None else int(1000 * delay))
+        key = "q" if moment.outcome else " "
+        with contextlib.suppress(curses.error):  # no key came while the delay passed
+            key = window.getkey()
+            delay = delay if key == "KEY_RESIZE" else None
+        n = int(typed or 0) if key == "\n" else 0
+        typed = (typed + key)[-2:] if key.isdecimal() else ""
+        if key == "KEY_LEFT":
+            at = max(at - 1, 0)
+        elif not moment.outcome and (key in ("KEY_RIGHT", " ") or 0 < n <= len(moment.item[1])):
+            choices[at:] = [n - 1] if n else choices[at:] or [moment.choice]
+            at += 1
+
+
+def animation(seen, seconds):
+    """Return the bytes of a GIF of the moments of an episode."""
+    from matplotlib import get_data_path  # it brings Pillow, and a font of one width
+    from PIL import Image, ImageDraw, ImageFont
+    font = ImageFont.truetype(os.path.join(get_data_path(), "fonts/ttf/DejaVuSansMono.ttf"), 14.95)
+    screens, images = [screen(moment, 90, 99) for moment in seen], []
+    for lines in screens:
+        image = Image.new("RGB", (834, max(map(len, screens)) * 17 + 7), "#0d1117")
+        pen = ImageDraw.Draw(image)
+        for row, line in enumerate(lines):
+            x = 12
+            for text in INKED.split(line):
+                solid, ink = re.sub("[░▒]", "█", text), INKS.get(text[:1], INKS[""])[1]
+                pen.text((x, 12 + 17 * row), solid, ink, font)
+                x += 9 * len(text)
+        # With one palette for all, a frame holds no more than what has changed.
+        images.append(image.quantize(16, 2, palette=images[0] if images else None, dither=0))
+    images[0].save(data := io.BytesIO(), "GIF", save_all=True, append_images=images[1:], loop=0,
+                   duration=int(1000 * seconds))
+    return data.getvalue()
