@@ -12,7 +12,7 @@ import envs
 import ppo
 import prompts
 import twosome
-from engine import worlds
+from engine import models, worlds
 from engine.worlds import TextEnv, World, WorldError, told
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -191,6 +191,18 @@ def test_phrases_that_change_in_number_and_wording_learn_and_are_evaluated():
     result = ppo.evaluate(lambda: World(Quest()), Counter("open"), 3, 1, gamma=1.0)
     assert result["successes"].tolist() == [1, 1, 1] and result["returns"].tolist() == [6, 6, 6]
     assert ppo.evaluate(lambda: World(Quest()), Counter("look"), 1, 1, 1.0)["successes"] == [0]
+
+
+def test_the_same_prompt_with_fewer_phrases_has_the_scores_of_its_own():
+    model, tokenizer = models.load("pocket_lm")
+    prompt, phrases = "You are at the door. Your next step is to", ["open the door", "look", "wait"]
+    lists = [phrases, phrases[:2], phrases[1:]]
+    with torch.no_grad():
+        together = twosome.score_actions(model, tokenizer, [prompt] * 3, lists)
+        alone = [twosome.score_actions_naive(model, tokenizer, [prompt], [each])[0]
+                 for each in lists]
+    for packed, single in zip(together, alone, strict=True):
+        torch.testing.assert_close(packed, single, atol=1e-5, rtol=0)
 
 
 # -----------------------------------------------------------------------------
@@ -381,6 +393,35 @@ def test_what_cannot_be_made_is_one_line(folder, spec, arguments, line):
         worlds.make_world(spec, arguments)()
     message = str(caught.value)
     assert line in message and "\n" not in message and "frozen" not in message
+
+
+SHORT = "--steps 32 --num-envs 2 --rollout-steps 8 --minibatch 16 --episodes 2".split()
+
+
+def test_a_world_of_ones_own_is_trained_resumed_and_evaluated_where_it_is_named(folder, capfd):
+    world = ["--env", "my_world.py:Door"]
+    assert twosome.main([*world, *SHORT, "--env-args", "size=4", "--out",
+                         str(folder / "run")]) == 0
+    assert twosome.main(["--resume", "run"]) == 2
+    assert "--env" in capfd.readouterr().err
+    assert twosome.main(["--resume", "run", *world]) == 0
+    assert twosome.main(["--eval", "run", *world, "--episodes", "2"]) == 0
+    agent, make_env = twosome.load("run", env=world[1])
+    assert make_env().world.size == 4
+    result = ppo.evaluate(make_env, agent, 4, 1, 0.99)
+    assert np.array_equal(result["successes"], result["returns"])  # the last reward decides
+
+
+def test_the_command_prints_the_line_and_then_the_traceback(folder, capfd):
+    source = (folder / "my_world.py").read_text()
+    (folder / "my_world.py").write_text(source.replace("float(action == 0)", "1 / action"))
+    run = ["--out", str(folder / "run")]
+    assert twosome.main(["--env", "my_world.py:Door", *SHORT, *run]) == 2
+    printed = capfd.readouterr().err
+    line, *shown = printed[printed.index("Door.step"):].strip().splitlines()
+    assert "Door.step(0) raised ZeroDivisionError: division by zero (line 12 of" in line
+    assert shown[0].startswith("Traceback") and shown[-1].startswith("ZeroDivisionError")
+    assert not any("worlds.py" in each for each in shown)
 
 
 # -----------------------------------------------------------------------------
