@@ -216,7 +216,9 @@ def test_a_stopped_run_says_how_to_go_on_and_its_line_can_be_pasted(
     assert twosome.main(flags) == 0
     printed = capfd.readouterr().out
     assert pasted(printed, "next: ") == ["--watch", folder]
-    assert pasted(printed, "      ") == ["--eval", folder, "--task", "all"]
+    _, evaluate, compare = printed[printed.index("next: "):].splitlines()[:3]
+    assert pasted(evaluate, "      ") == ["--eval", folder, "--task", "all"]
+    assert pasted(compare, "      ") == ["--compare", folder]
     summary = read_json(folder, "summary.json")
     # The seconds are those of all processes, and --episodes is kept.
     assert summary["episodes"] == 3 and summary["seconds"] > spent + 0.1

@@ -63,7 +63,9 @@ def normal(package):
 def foreign(name, walk=ast.walk):
     """The packages that a module imports from neither the project nor the standard library."""
     modules = {module.split(".")[0] for module in imports(name, walk)}
-    return {normal(module) for module in modules - OWN - sys.stdlib_module_names}
+    called = {"PIL": "pillow"}  # packages whose modules have another name
+    return {normal(called.get(module, module))
+            for module in modules - OWN - sys.stdlib_module_names}
 
 
 def reached(name):
