@@ -131,11 +131,11 @@ def of_task(options, kind, model, task, minutes, **more):
 
 def learning_jobs(options):
     """Word normalisation; beside it the untrained LLM and chance, on every task."""
-    found = [learn_job(options, model, "word", task, seed) for model in options.models
-             for seed in options.seeds for task in options.tasks]
-    found += [untrained_job(options, model, "word", task) for model in options.models
-              for task in (options.tasks if options.quick else EVERY)]
-    return [*found, random_job(options)]
+    found = [random_job(options)]  # first, because 90 % of the way is told from it
+    found += [learn_job(options, model, "word", task, seed) for model in options.models
+              for seed in options.seeds for task in options.tasks]
+    return found + [untrained_job(options, model, "word", task) for model in options.models
+                    for task in (options.tasks if options.quick else EVERY)]
 
 
 def normalisation_jobs(options):
@@ -535,6 +535,8 @@ class Campaign:
     def stop(self, pool):
         """Have the running jobs write their checkpoints and end, and begin no other."""
         self.stopped = True
+        for number in (signal.SIGINT, signal.SIGTERM):  # a second one must not cut this short
+            signal.signal(number, signal.SIG_IGN)
         pool.shutdown(wait=False, cancel_futures=True)
         for child in list(self.running.values()):
             child.terminate()
