@@ -261,7 +261,8 @@ class Agent:
         self.normalization = normalization
         self.scores = {}  # item -> log pi, while the policy stands still
         hidden = self.last_hidden("a").numel()
-        # The base never changes, so a prompt's feature is remembered for good.
+        # The base never changes, so a prompt's feature is remembered for good: an update of the
+        # critic is an update of a small MLP, without a pass through the LLM.
         self.feature = functools.lru_cache(self.FEATURE_BYTES // (4 * hidden))(self.last_hidden)
         # H -> 1024 -> 512 -> 1, ReLU, no biases: published scripts.
         self.critic = torch.nn.Sequential(
