@@ -474,6 +474,7 @@ def dispatch(argv, gate):
         return evaluate(config, options, agent)
     if options.watching:
         return watch.show(config, options, agent, make_env)
+    # Only the first process makes the folder and holds its lock; the others follow it.
     if not gate.run and not rank:
         gate.run = runs.Run.create(*command.new_run(config, agent))
     folder, resumed = processes.gather(gate.run and (gate.run.folder, gate.run.resumed))[0]
