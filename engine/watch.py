@@ -17,6 +17,7 @@ import sys
 import textwrap
 import time
 import types
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -152,8 +153,7 @@ def random_walk(env, agent, gamma):
     rng, items, ended, total, steps = np.random.default_rng(0), {}, [], 0.0, 0
     obs, info = env.reset(seed=0)
     for _ in range(500 if isinstance(env, worlds.World) else 5000):
-        item = agent.describe(obs, info)
-        items[item] = None
+        items[item := agent.describe(obs, info)] = None
         obs, reward, done, cut, info = ppo.act(env, info, int(rng.integers(len(item[1]))))
         total += gamma ** steps * reward
         steps += info.get("duration", 1)
@@ -188,6 +188,7 @@ def read_run(folder):
 
 def draw(groups, heading):
     """Return a PNG's bytes of groups of seeds: lists of (label, table, lines)."""
+    os.environ.pop("MPLBACKEND", None)  # a notebook's, perhaps unknown here; nothing needs one
     from matplotlib.figure import Figure  # without pyplot, no window system is touched
     figure = Figure(figsize=(11, 6), layout="constrained")
     figure.suptitle(heading, parse_math=False)
@@ -239,7 +240,10 @@ def compare(folders, out=""):
         untrained, last = rows["return"].T
         say(f"{group[0][0]:34} {len(group):5} {untrained.mean():10.4f} {last.mean():8.4f}"
             f" ({last.min():7.4f} to {last.max():7.4f}) {rows['success'][:, 1].mean():9.1%}")
-    runs.write_bytes(path, draw(groups.values(), ""))
+    try:
+        runs.write_bytes(path, draw(groups.values(), ""))
+    except (ImportError, ValueError, RuntimeError) as error:  # matplotlib's, and its settings'
+        raise runs.RunError(f"no picture ({type(error).__name__}: {error})") from None
     say(f"-> {path}")
     return 0
 
@@ -263,13 +267,11 @@ def moments(config, options, agent, make_env, judge):
         head = f"{title(config)}: step {steps}, return {total:.3f}{best}, reward {reward:.3f}"
         moment = types.SimpleNamespace(head=head, picture=drawing(env), outcome=outcome)
         if outcome:
-            yield moment
-            return
+            return (yield moment)
         moment.item = agent.describe(obs, info)
         moment.value, moment.policies = judge(moment.item)
         policy, *_ = moment.policies.values()
-        drawn = ppo.sample(policy, rng)
-        moment.choice = int(policy.argmax()) if options.greedy else drawn
+        moment.choice = [ppo.sample(policy, rng), int(policy.argmax())][bool(options.greedy)]
         choice = yield moment
         if choice is not None:  # of a world that forgets its seed, it may be too large
             moment.choice = min(choice, len(moment.item[1]) - 1)
@@ -287,7 +289,7 @@ def moments(config, options, agent, make_env, judge):
 INKS = {"░": (0, "#4a525a"), "█": (2, "#2ea043"), "▒": (0, "#8b949e"), "@": (6, "#58a6ff"),
         "[": (5, "#d29922"), "<": (2, "#3fb950"), "•": (1, "#ff7b72"), ">": (6, "#58a6ff"),
         "": (0, "#c9d1d9")}  # the last is anything else's
-INKED = re.compile(r"([░█▒]+|@\w*|\[[ \w]*\]|<D>|•[\w ]*\w|^>[^█▒]*)")
+INKED = re.compile(r"([░█▒]+|@\w*|\[[ \w]*\]|<D>|•[\w ]*\w|^>[^█▒\n]*)", re.MULTILINE)
 
 
 def drawing(env):
@@ -370,7 +372,6 @@ def show(config, options, agent, make_env):
 
     begin = functools.partial(moments, config, options, agent, make_env, judge)
     if options.gif:
-        open(options.gif, "ab").close()  # what cannot be written is told before it is played
         runs.write_bytes(options.gif, animation(begin(), options.delay or 1.5))
         say(f"-> {options.gif}")
         return 0
@@ -394,14 +395,14 @@ def at_the_keys(window, curses, begin, delay):
         curses.init_pair(number, number, -1)
     choices, at, typed, key = [], 0, "", ""
     while key != "q":
-        source = begin()  # where we are follows from what was chosen up to here
-        moment = [next(source), *map(source.send, choices[:at])][-1]
+        # Where we are follows from what was chosen up to here.
+        moment = [next(source := begin()), *map(source.send, choices[:at])][-1]
         height, width = window.getmaxyx()
         foot = f"space: step  ←→: back, forth  number, Enter: act  q: quit {typed}"
         window.clear()
-        for y, line in enumerate(screen(moment, min(width - 1, 100), height, foot)):
-            window.move(y, 0)
-            for text in INKED.split(escape(line)[:width - 1]):
+        lines = screen(moment, min(max(width - 1, 20), 100), height, foot)
+        with contextlib.suppress(curses.error):  # letters of two columns may not all fit
+            for text in INKED.split("\n".join(escape(line)[:width - 1] for line in lines)):
                 window.addstr(text, curses.color_pair(INKS.get(text[:1], INKS[""])[0]))
         window.timeout(-1 if delay is None else int(1000 * delay))
         key = "q" if moment.outcome else " "
@@ -419,9 +420,10 @@ def at_the_keys(window, curses, begin, delay):
 
 def animation(seen, seconds):
     """Return the bytes of a GIF of the moments of an episode."""
-    from matplotlib import get_data_path  # it brings Pillow, and a font of one width
     from PIL import Image, ImageDraw, ImageFont
-    font = ImageFont.truetype(os.path.join(get_data_path(), "fonts/ttf/DejaVuSansMono.ttf"), 14.95)
+    # matplotlib brings a font of one width. Do not import it, whatever its settings are.
+    data = os.path.join(os.path.dirname(find_spec("matplotlib").origin), "mpl-data/fonts/ttf")
+    font = ImageFont.truetype(os.path.join(data, "DejaVuSansMono.ttf"), 14.95)
     screens, images = [screen(moment, 90, 99) for moment in seen], []
     for lines in screens:
         image = Image.new("RGB", (834, max(map(len, screens)) * 17 + 7), "#0d1117")
