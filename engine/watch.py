@@ -45,14 +45,9 @@ class Report(contextlib.ExitStack):
         """Take what is reported on; `learner` is the Trainer."""
         super().__init__()
         self.config, self.run, self.trainer, self.make_env = config, run, learner, make_env
-        self.best = getattr(make_env(), "best_return", None)
-        self.first = learner.rank == 0
-        # board: tensorboard's writer; due: when the curve is drawn next, in the run's seconds.
-        self.clocks, self.board, self.due = (time.perf_counter(), time.process_time()), None, 0.0
-        with contextlib.suppress(ImportError):
-            from torch.utils.tensorboard import SummaryWriter
-            # A resumed run computes again what came after its checkpoint: purge these rows.
-            self.board = self.first and SummaryWriter(run.folder, purge_step=learner.steps + 1)
+        self.best, self.first = getattr(make_env(), "best_return", None), learner.rank == 0
+        # The curve is drawn next when the run's seconds are due.
+        self.clocks, self.due = (time.perf_counter(), time.process_time()), 0.0
 
     def spend(self):
         """Add the seconds since the last call to the run's, which a resume goes on counting."""
@@ -65,15 +60,14 @@ class Report(contextlib.ExitStack):
         """Say what will be learnt, log row 0 (the untrained policy), and open the progress bar."""
         if not self.first:
             return
-        config = self.config
-        say(f"{config.env}: {title(config)}, {config.norm} normalisation, seed {config.seed}"
-            f" -> {self.run.folder}")
-        items, chance = random_walk(self.make_env(), agent, config.gamma)
-        samples = config.minibatch // config.gradient_accumulation
+        say(f"{self.config.env}: {title(self.config)}, {self.config.norm} normalisation, seed"
+            f" {self.config.seed} -> {self.run.folder}")
+        items, chance = random_walk(self.make_env(), agent, self.config.gamma)
+        samples = self.config.minibatch // self.config.gradient_accumulation
         say(models.preflight(agent.model, [*map(agent.tree, items)], samples, [agent.critic])[1])
         if not self.trainer.updates:
             self.run.write("baseline.json", {"random": chance, "optimum": {"return": self.best}})
-            untrained = measure(self.make_env, agent, config)
+            untrained = measure(self.make_env, agent, self.config)
             self.log({"update": 0, "steps": 0, **untrained})
             say(f"untrained  return {untrained['return']:.3f}, success {untrained['success']:.0%}")
         self.bar = self.enter_context(command.bar(
@@ -81,18 +75,25 @@ class Report(contextlib.ExitStack):
             bar_format="update {n_fmt} of {total_fmt}{postfix}, {remaining} left |{bar}|"))
 
     def log(self, metrics):
-        """Write a row of metrics.csv and move the progress bar."""
+        """Write a row of metrics.csv, and for tensorboard if it is there; move the progress bar."""
+        if not self.first:
+            return
         self.spend()
         row = {**dict.fromkeys(COLUMNS, float("nan")), **metrics,
                "seconds": round(self.run.seconds, 2), "cpu_seconds": round(self.run.cpu_seconds, 2)}
         self.run.log({name: row[name] for name in COLUMNS})
-        if self.board:
-            row["rate"] = self.trainer.policy_optimizer.param_groups[0]["lr"]
-            row["SPS"] = row["steps"] / max(row["seconds"], 0.01)
-            for name in (*TAGS, "policy_loss", "value_loss", "entropy", "explained_variance"):
-                self.board.add_scalar(TAGS.get(name, f"losses/{name}"), row[name], row["steps"])
-            self.board.flush()
-        if row["update"] and self.first:
+        row["rate"] = self.trainer.policy_optimizer.param_groups[0]["lr"]
+        row["SPS"] = row["steps"] / max(row["seconds"], 0.01)
+        names = (*TAGS, "policy_loss", "value_loss", "entropy", "explained_variance")
+        values = [{"tag": TAGS.get(n, f"losses/{n}"), "simple_value": row[n]} for n in names]
+        with contextlib.suppress(ImportError):
+            from tensorboard.compat.proto.event_pb2 import Event
+            from tensorboard.summary.writer.record_writer import RecordWriter
+            event = Event(wall_time=time.time(), step=row["steps"], summary={"value": values})
+            # Not by SummaryWriter, whose thread prints a traceback where the disk is full.
+            with open(self.run.path("events.out.tfevents.0"), "ab") as file:
+                RecordWriter(file).write(event.SerializeToString())
+        if row["update"]:
             best = f" of {self.best:.3f}" if self.best is not None else ""
             self.bar.set_postfix_str(f"return {row['return']:.3f}{best}, success"
                                      f" {row['success']:.0%}, entropy {row['entropy']:.2f}", False)
@@ -297,11 +298,10 @@ def drawing(env):
     for place, drawn in (("kitchen", kitchen), ("room", home)):
         if hasattr(env, place):
             return drawn(env)
-    world = getattr(env, "world", None)
-    if not hasattr(world, "render") or getattr(world, "render_mode", "ansi") != "ansi":
+    if not hasattr(env.world, "render") or getattr(env.world, "render_mode", "ansi") != "ansi":
         return []
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        text = worlds.call("render", world.render) or printed.getvalue()
+        text = worlds.call("render", env.world.render) or printed.getvalue()
     return [escape(line)[:100] for line in re.sub(r"\x1b\[[\d;]*m", "", str(text)).split("\n")]
 
 
