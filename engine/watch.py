@@ -265,7 +265,7 @@ def moments(config, options, agent, make_env, judge):
     obs, info = env.reset(seed=command.EVALUATION_SEED)
     rng = np.random.default_rng(command.EVALUATION_SEED)
     for _ in range(200):  # our choice, because a world without a time limit may have no end
-        head = f"{title(config)}: step {steps}, return {total:.3f}{best}, reward {reward:.3f}"
+        head = f"step {steps}, return {total:.3f}{best}, reward {reward:.3f}, {title(config)}"
         moment = types.SimpleNamespace(head=head, picture=drawing(env), outcome=outcome)
         if outcome:
             return (yield moment)
@@ -331,7 +331,7 @@ def home(env):
         facts += [f"at {nouns.get(place, place)}"] * (place != thing)
         room = env.room if thing in env.held else things[place]
         lines[room] += f"  •{nouns.get(thing, thing)}" + f" ({', '.join(facts)})" * bool(facts)
-    return list(lines.values())
+    return sum((textwrap.wrap(line, 58, subsequent_indent=" " * 15) for line in lines.values()), [])
 
 
 def screen(moment, width, height, foot=""):
@@ -350,7 +350,7 @@ def screen(moment, width, height, foot=""):
                 table[k] += f"{bar:{size}}{chance:5.0%} "
         parts = (textwrap.wrap(escape(part), width) for part in moment.item[0].split("\n"))
         rest = ["", *sum(parts, [])[-max(4, height // 3):], "", *table]
-    lines = [moment.head, "", *moment.picture, *rest, foot]
+    lines = [moment.head[:width], "", *moment.picture, *rest, foot]
     if len(lines) > height:
         lines = [line for line in lines if line]
     return lines[:1] + lines[1 + max(0, len(lines) - height):]
