@@ -496,6 +496,8 @@ def test_the_settings_of_matplotlib_fail_nothing(run, tmp_path):
         watch.draw_curve(folder)
         assert not os.path.exists(folder.path("curve.png"))
         del os.environ["MATPLOTLIBRC"]
+        for name in [name for name in sys.modules if name.startswith("matplotlib")]:
+            del sys.modules[name]  # half imported
         os.environ["MPLBACKEND"] = "module://no.such.inline"
         watch.draw_curve(folder)"""
     arguments = [sys.executable, "-c", program, str(run), str(tmp_path / "matplotlibrc")]
