@@ -3,6 +3,7 @@ import json
 import os
 import sys
 
+import pytest
 import torch
 
 # The tests compare bits, so they run on the CPU even where there is a GPU. They use tiny tensors,
@@ -10,6 +11,12 @@ import torch
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 torch.set_num_threads(1)
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Give every test one thread: pretraining takes two, which slowed a later test forty times."""
+    torch.set_num_threads(1)
 
 
 def reachable(env):
