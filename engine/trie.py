@@ -126,7 +126,8 @@ def group(items, nodes):
     parts = -(-len(trie) // nodes)  # rounded up
     groups = [[] for _ in range(parts)]
     for start, item in zip(starts, items, strict=True):
-        groups[start * parts // len(trie)].append(item)
+        # The last items may add no node of their own: then they start where the trie ends.
+        groups[min(start * parts // len(trie), parts - 1)].append(item)
     return [part for part in groups if part]
 
 
