@@ -130,7 +130,7 @@ class Trainer(ppo.PPO):
         """Take the step, unless the gradient is not finite: then leave it out and count it."""
         name = "policy" if optimizer is self.policy_optimizer else "critic"
         grads = [parameter.grad for parameter in optimizer.param_groups[0]["params"]]
-        if all(grad is None or torch.isfinite(grad).all() for grad in grads):
+        if torch.nn.utils.get_total_norm(grad for grad in grads if grad is not None).isfinite():
             self.in_a_row[name] = 0
             super().step(optimizer)
             return
