@@ -23,6 +23,7 @@ import contextlib
 import importlib
 import importlib.util
 import inspect
+import math
 import os
 import re
 import sys
@@ -30,6 +31,7 @@ import traceback
 
 CUE = "Your next step is to"  # paper, section 4.4: a prompt ends on a cue for the next step
 LONGEST = 2000  # our choice: characters of a world's text in a prompt; the newest are kept
+ENDLESS = 5000  # our choice: steps of an episode after which it is taken to have no end
 OURS = (__file__, importlib.__file__, "<frozen importlib")  # this file and Python's importer
 
 
@@ -55,19 +57,17 @@ def call(what, function, *args, **kwargs):
         while frames and frames.tb_frame.f_code.co_filename.startswith(OURS):
             frames = frames.tb_next
         line = " ".join(f"{what} raised {type(error).__name__}: {error}".split())[:400]
-        if frames:
-            last = traceback.extract_tb(frames)[-1]
-            line += f" (line {last.lineno} of {last.filename})"
         wrong = WorldError(line)
         if frames:
+            last = traceback.extract_tb(frames)[-1]
+            wrong = WorldError(f"{line} (line {last.lineno} of {last.filename})")
             wrong.traceback = "".join(traceback.format_exception(type(error), error, frames))
         raise wrong from error
 
 
 def kind(value):
     """Name a value's type for a message."""
-    size = f" of {len(value)}" if isinstance(value, tuple | list) else ""
-    return f"{type(value).__name__}{size}"
+    return type(value).__name__ + (f" of {len(value)}" if isinstance(value, tuple | list) else "")
 
 
 # -----------------------------------------------------------------------------
@@ -119,8 +119,7 @@ def import_source(source):
         raise WorldError(f"--env: there is no file {source!r}")
     # Look in their folder last, so that no file of theirs stands in for a module of ours.
     folder = os.path.dirname(os.path.abspath(source)) if is_file else os.getcwd()
-    if folder not in sys.path:
-        sys.path.append(folder)
+    sys.path.append(folder)
     if not is_file:
         return call(f"importing {source}", importlib.import_module, source)
     name = "world_" + os.path.basename(source)[:-3]
@@ -148,7 +147,6 @@ class World:
     neither holds (our choice). There is no state_dict: a resumed run begins its episodes anew.
     """
 
-    name = "world"
     best_return = None  # nobody has computed it
 
     def __init__(self, world, prompt=None):
@@ -162,28 +160,34 @@ class World:
     def reset(self, seed=None):
         """Begin an episode. Returns (obs, info)."""
         options = {"seed": seed} if takes_seed(self.world.reset) else {}
-        answer = call(f"{self.task}.reset", self.world.reset, **options)
-        obs, info = self.checked("reset", answer)
+        obs, info = self.checked("reset", call(f"{self.task}.reset", self.world.reset, **options))
         info = self.adapt(obs, info)
         commands = info.get("admissible_commands") is not None
         if not options and not commands:
             raise WorldError(f"{self.task}.reset takes no seed: write def reset(self, seed=None)")
         self.is_total = getattr(self.world, "running_total", commands)
-        self.score = 0.0
+        self.score, self.steps = 0.0, 0
         return obs, info
 
     def step(self, action):
         """Take an action: one of info["admissible"] if there are any, else a phrase's number.
 
+        A reward is finite, and info["duration"], if there is one, is above 0.
         Returns (obs, reward, terminated, truncated, info).
         """
         answer = call(f"{self.task}.step({action!r})", self.world.step, action)
         obs, reward, *ends, info = self.checked("step", answer)
+        lasted = info.get("duration", 1)
         try:
             reward, terminated, truncated = float(reward), bool(ends[0]), bool(ends[-1])
+            if not (math.isfinite(reward) and lasted > 0):
+                raise ValueError
         except (TypeError, ValueError):
-            raise WorldError(f"{self.task}.step gave a {kind(reward)} as reward and a"
-                             f" {kind(ends[0])} as its end; give a number and a bool") from None
+            raise WorldError(f"{self.task}.step gave reward {reward!r:.40}, end {ends[0]!r:.40} and"
+                             f" duration {lasted!r:.40}; give a number, a bool, a number") from None
+        self.steps += 1
+        if self.steps > ENDLESS:
+            raise WorldError(f"an episode of {self.task} goes on for ever; give it a time limit")
         if len(ends) == 1:
             truncated = terminated and is_time_limit(info)
             terminated = terminated and not truncated
@@ -193,9 +197,8 @@ class World:
 
     def checked(self, method, answer):
         """Return what the world answered, once its shape is right."""
-        shape, sizes = SHAPES[method]
-        if not isinstance(answer, tuple | list) or len(answer) not in sizes:
-            raise WorldError(f"{self.task}.{method} gave a {kind(answer)}, not {shape}")
+        if not isinstance(answer, tuple | list) or len(answer) not in SIZES[method]:
+            raise WorldError(f"{self.task}.{method} gave a {kind(answer)}, not {SHAPES[method]}")
         if not isinstance(answer[-1], dict):
             raise WorldError(f"{self.task}.{method} gave a {kind(answer[-1])} as info, no dict")
         return answer
@@ -238,10 +241,8 @@ class World:
         return f"{words} {CUE}".strip()
 
 
-SHAPES = {  # of an answer: in words, and its lengths
-    "reset": ("(obs, info)", (2,)),
-    "step": ("(obs, reward, terminated, truncated, info) or (obs, reward, done, info)", (4, 5)),
-}
+SIZES = {"reset": (2,), "step": (4, 5)}
+SHAPES = {"reset": "(obs, info)", "step": "(obs, reward, terminated, truncated, info)"}
 
 
 def takes_seed(reset):

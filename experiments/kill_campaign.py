@@ -55,12 +55,13 @@ class Process:
     limit: the size in bytes that no file it writes may exceed, a stand-in for a full disk.
     """
 
-    def __init__(self, argv, limit=None):
+    def __init__(self, argv, limit=None, target=main_of, more=()):
         handle, self.file = tempfile.mkstemp()
         os.close(handle)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
-        self.process = context.Process(target=main_of, args=(argv, self.file, limit), daemon=True)
+        arguments = argv, self.file, limit, *more
+        self.process = context.Process(target=target, args=arguments, daemon=True)
         self.process.start()
 
     def ended(self):
