@@ -45,8 +45,9 @@ ODD_NAMES = ["run", "a run", "$(touch owned)", "it's", "-run", "a;b", "ünïcode
              "a\\b"]
 # Texts that are hostile to terminals, shells, files and tokenizers.
 TEXTS = ["", " ", "\x1b[31mred", "\x07", "\u202eevil", "\u200b", "x" * 20_000, "../x",
- XX
-         "/proc/self/mem", "/dev/null", "nan", "\r", "=", "true", "[]", "run\u2028x"]
+         "$(touch owned)", "None", "a\nb", "a\0b", "\udcff", "🍅", "</s>", "<s>", "<pad>",
+         "<|im_end|>", "%s", "{0}", "/proc/self/mem", "/dev/null", "nan", "\r", "=", "true", "[]",
+         "run\u2028x"]
 NUMBERS = ["-1", "0x10", "nan", "inf", "-inf", "1e309", "1e30", "9" * 30, "", "one", "1,5", "--",
            "\x1b[0m", "1e", "0.0.1", "½"]
 # Values that no field of a configuration can have, or that mean something else there.
