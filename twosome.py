@@ -396,7 +396,7 @@ def train(config, run, agent, make_env, which="last"):
     """
     trainer = Trainer(make_env, agent, config, config.seed)
     if run.resumed:
-        processes.first_then_others(lambda: run.restore(agent, trainer, which))
+        run.restore(agent, trainer, which)
     report = watch.Report(config, run, trainer, make_env)
     report.begin(agent)
     with report, runs.Signals(quiet=trainer.rank > 0) as signals:
@@ -456,15 +456,14 @@ def token_table(agent, prompt, phrases):
 def dispatch(argv, gate):
     """Do what the command line asks for. Returns the exit code."""
     rank = processes.join()
-    gate.rank = rank
     config, options = command.parse(argv)
     processes.agree(config)
     if options.compare:
         return watch.compare(options.compare, config.out)
-    if rank and (options.tokens or options.eval is not None or options.watching):
+    if rank and (options.tokens or options.eval is not None or options.watch is not None):
         return 0  # one process is enough for these
     if options.resume is not None:
-        gate.run = None if rank else runs.Run.open(options.resume)
+        gate.run = None if rank else runs.Run(options.resume)
     agent, make_env = build(config)  # before a folder is made: what cannot be built leaves none
     if options.tokens:
         return command.show_tokens(token_table(agent, options.prompt, options.tokens), options)
@@ -472,7 +471,7 @@ def dispatch(argv, gate):
         runs.load_agent(options.folder, agent)
     if options.eval is not None:
         return evaluate(config, options, agent)
-    if options.watching:
+    if options.watch is not None:
         return watch.show(config, options, agent, make_env)
     # Only the first process makes the folder and holds its lock; the others follow it.
     if not gate.run and not rank:
@@ -486,7 +485,7 @@ def main(argv=None):
     """Run the command: exit code 0, 1 (the machine failed), 2 (bad input) or 128 + a signal."""
     with contextlib.suppress(ValueError):  # outside the main thread there is nothing to restore
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    with command.Gate() as gate:
+    with command.gate() as gate:
         gate.code = dispatch(argv, gate)
     return gate.code
 

@@ -1,16 +1,15 @@
 """The command line: flags, presets, what is printed. Without it, call twosome.py from Python.
 
 One gate stands at each border: `parse` for what is typed, `say` for what reaches the terminal,
-`Gate` for what goes wrong.
+`gate` for what goes wrong.
 """
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import inspect
-import json
 import os
 import re
-import shlex
 import sys
 
 import numpy as np
@@ -25,9 +24,9 @@ EVALUATION_SEED = 1_000_000  # fixed, and far from every training seed
 # Bad input: exit code 2. What else goes wrong is the machine's fault (1), or a bug (a traceback).
 BAD_INPUT = (ppo.PPOError, envs.EnvError, prompts.PromptError, trie.ScoringError,
              models.ModelError, runs.RunError, worlds.WorldError, processes.ProcessError)
-COLUMNS = ("update", "steps", "primitive_steps", "episodes", "return", "success", "episode_steps",
-           "entropy", "policy_loss", "value_loss", "kl", "explained_variance", "skipped",
-           "seconds", "cpu_seconds")
+USUAL = ("pocket_lm", "word")  # the model and the normalisation that need no mention
+COLUMNS = tuple("update steps primitive_steps episodes return success episode_steps entropy"
+                " policy_loss value_loss kl explained_variance skipped seconds cpu_seconds".split())
 
 # -----------------------------------------------------------------------------
 # Settings. The comment beside a field is the help text of its flag.
@@ -54,17 +53,14 @@ class Config(trainer.Config):
     checkpoint_every: int = 5  # updates between two checkpoints
 
 
-GROUPS = {"what to learn": "env task env_args steps seed out episodes",
-          "the model": "model norm lora_rank lora_alpha lora_targets dtype device load_in",
-          "PPO": "num_envs rollout_steps epochs minibatch gradient_accumulation policy_lr critic_lr"
-                 " gamma gae_lambda clip entropy value_coefficient max_grad_norm target_kl",
-          "running": "checkpoint_every"}
-LIMITS = {"num_envs": 4096, "episodes": 10**4, "lora_rank": 4096, "seed": 2**32 - 1, "gamma": 1,
-          "gae_lambda": 1}  # any other number ends at a billion
-CHOICES = {"norm": ("word", "token", "sum", "none"), "load_in": ("", "8bit", "4bit"),
-           "dtype": ("auto", "float32", "bfloat16", "float16")}
+def read_table(name):
+    """Return a JSON table from beside this file."""
+    return runs.read_json(os.path.join(os.path.dirname(os.path.realpath(__file__)), name))
 
-PRESETS_OF = {"pocket_lm": "pocket"}  # any other model: smollm2
+
+# {group: {flag: ...}} in the order of --help. A setting has its bounds and choices there, any other
+# flag what argparse needs to know of it.
+FLAGS = read_table("flags.json")
 
 
 def preset(name, env, task):
@@ -72,8 +68,7 @@ def preset(name, env, task):
 
     The tables and their sources are in presets.json; "hub" is another name of smollm2's.
     """
-    with open(os.path.join(os.path.dirname(__file__), "presets.json"), encoding="utf-8") as file:
-        presets = json.load(file)
+    presets = read_table("presets.json")
     table = presets[known("preset", "smollm2" if name == "hub" else name, presets)]
     return {**table["all"], **table.get(env, {}), **table.get(task, {})}
 
@@ -84,20 +79,19 @@ def known(kind, name, names):
         return name
     near = difflib.get_close_matches(name, [*names], 1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise ppo.PPOError(f"unknown {kind} {name[:60]!r}{hint}; choose one of "
-                       + ", ".join(filter(None, names)))
+    raise ppo.PPOError(f"unknown {kind} {name[:60]!r}{hint}; choose one of {', '.join(names)}")
 
 
 def check(config):
     """Return the Config. Raises PPOError for a setting that cannot work."""
+    rules = {name: rule for group in FLAGS.values() for name, rule in group.items()}
     for field in dataclasses.fields(config):
-        value, most = getattr(config, field.name), LIMITS.get(field.name, 10**9)
-        least = 1 if field.type is int and field.name != "seed" else 0
+        name, value, rule = field.name, getattr(config, field.name), rules[field.name]
+        least, most = rule.get("least", int(field.type is int)), rule.get("most", 10**9)
         if field.type is not str and not least <= value <= most:
-            raise ppo.PPOError(f"{field.name} is {str(value)[:20]}; it must lie between {least}"
-                               f" and {most}")
-    for name, choices in CHOICES.items():
-        known(name, getattr(config, name), choices)
+            raise ppo.PPOError(f"{name} is {value!s:.20}; it must be between {least} and {most}")
+        if "choices" in rule and value != field.default:
+            known(name, value, rule["choices"])
     config.validate()
     return config
 
@@ -119,134 +113,102 @@ class Parser(argparse.ArgumentParser):
 
 def parser():
     """Return the parser of the command line."""
-    texts = "".join(inspect.getsource(kind) for kind in (ppo.Config, trainer.Config, Config))
-    texts = dict(re.findall(r"^    (\w+): \w+ = .*  # (.*)$", texts, re.MULTILINE))
+    sources = "".join(map(inspect.getsource, (ppo.Config, trainer.Config, Config)))
+    texts = dict(re.findall(r"^    (\w+): \w+ = .*  # (.*)$", sources, re.MULTILINE))
     made = Parser(usage="python twosome.py [FLAGS]", allow_abbrev=False, add_help=False,
                   description="TWOSOME: align an LLM with an embodied world through PPO.",
                   epilog="In brackets: the default. A preset sets its own for each task.",
                   formatter_class=lambda prog: argparse.HelpFormatter(prog, 2, 25, 80))
-    types = {field.name: field for field in dataclasses.fields(Config)}
-    groups = {title: made.add_argument_group(title) for title in (*GROUPS, "looking")}
-    for title, names in GROUPS.items():
-        for name in names.split():
-            default = f" ({types[name].default})" if types[name].default != "" else ""
-            groups[title].add_argument("--" + name.replace("_", "-"), type=types[name].type,
-                                       metavar="X", help=texts[name] + default)
-    learning, running, looking = (groups[title].add_argument for title in [*groups][2:])
-    learning("--preset", metavar="X", help="pocket, smollm2, hub or paper (the model's own)")
-    running("--resume", metavar="RUN", help="go on with an interrupted run")
-    running("--from", metavar="X", help="the checkpoint to go on from (the last)")
-    running("-h", "--help", action="help", help="show this page")
-    run = {"metavar": "RUN", "nargs": "?", "const": ""}
-    looking("--eval", **run, help="measure on --task (or all); no RUN: the untrained LLM")
-    looking("--watch", **run, help="play an episode in the terminal; likewise")
-    looking("--greedy", action="store_true", default=None, help="in both: no chance (sample)")
-    looking("--delay", type=float, metavar="X", help="seconds from step to step (a key steps)")
-    looking("--gif", metavar="FILE", help="with --watch: draw the episode into a file")
-    looking("--compare", metavar="RUN", nargs="+", help="overlay runs in --out (compare.png)")
-    looking("--tokens", metavar="TEXT", nargs="+", help="show how phrases score")
-    looking("--prompt", metavar="X", help="the text before them (Your next step is to)")
+    made.register("type", "float", float)  # as flags.json calls it
+    for title, flags in FLAGS.items():
+        group = made.add_argument_group(title)
+        for name, options in flags.items():
+            if name in texts:  # a setting
+                default = getattr(Config, name)
+                text = texts[name] + (f" ({default})" if default != "" else "")
+                options = {"type": type(default), "metavar": "X", "help": text}
+            group.add_argument(f"--{name.replace('_', '-')}", **options)
+    group.add_argument("-h", "--help", action="help", help="show this page")
     return made
 
 
 def parse(argv):
     """Return (Config, options) of a command line. Raises PPOError, RunError or EnvError."""
     options = parser().parse_args(argv)
-    fields = [field.name for field in dataclasses.fields(Config)]
-    given = {name: getattr(options, name) for name in fields if getattr(options, name) is not None}
-    modes = [name for name in ("resume", "eval", "watch", "compare", "tokens")
-             if getattr(options, name) is not None]
+    typed = {name: value for name, value in vars(options).items() if value is not None}
+    modes = [name for name in ("resume", "eval", "watch", "compare", "tokens") if name in typed]
     if len(modes) > 1:
         raise ppo.PPOError(f"--{modes[0]} and --{modes[1]} are different commands; give one")
     for flag, *needs in (("from", "resume"), ("prompt", "tokens"), ("delay", "watch"),
                          ("gif", "watch"), ("greedy", "eval", "watch")):
-        if getattr(options, flag) is not None and not {*modes} & {*needs}:
+        if flag in typed and not {*modes} & {*needs}:
             raise ppo.PPOError(f"--{flag} goes with --{' or --'.join(needs)}; give both")
-    if not 0 <= (options.delay or 0) <= 60:
-        raise ppo.PPOError(f"delay is {options.delay}; it must lie between 0 and 60 seconds")
-    options.which = getattr(options, "from") or "last"
-    if options.prompt is None:
-        options.prompt = "Your next step is to"
-    options.watching = options.watch is not None
+    if not 0 <= typed.get("delay", 0) <= 60:
+        raise ppo.PPOError(f"delay is {options.delay}; it must be between 0 and 60 seconds")
+    options.which, options.tasks = typed.get("from", "last"), []
+    options.prompt = typed.get("prompt", "Your next step is to")
     options.folder = options.eval or options.watch or ""
-    folder = options.resume or options.folder
-    options.tasks = tasks_named(given) if options.eval is not None else []
-    if folder:
-        if options.preset:
-            raise ppo.PPOError("a run keeps its own settings; leave out --preset")
-        return config_of(folder, given, bool(options.resume)), options
-    return new_config(given, options), options
+    given = {name: typed[name] for name in typed if name == "preset" or hasattr(Config, name)}
+    if options.resume:
+        return config_of(options.resume, given, resumed=True), options
+    if not options.folder or {"env", "task"} & {*given}:
+        options.tasks = tasks_named(given.get("env"), given.get("task"), "eval" in modes)
+        given["env"], given["task"] = options.tasks[0]
+    return (config_of(options.folder, given) if options.folder else new_config(given)), options
 
 
-def new_config(given, options):
-    """Return the Config of a run that begins, or of the untrained LLM."""
-    if options.tasks:
-        given = {**given, "env": options.tasks[0][0], "task": options.tasks[0][1]}
-    env, task = placed(given.get("env"), given.get("task"))
-    name = options.preset or PRESETS_OF.get(given.get("model", "pocket_lm"), "smollm2")
-    config = Config(**{**preset(name, env, task), **given, "env": env, "task": task})
-    # A run must find its model again from another folder.
-    if os.path.exists(config.model) and config.model not in ("pocket_lm", "smollm2"):
-        config.model = os.path.abspath(config.model)
-    return check(config)
+def tasks_named(env=None, task=None, several=False):
+    """Return what --env and --task mean: [(env, task)], or several where "all" may be asked for.
 
-
-def placed(env, task):
-    """Return (env, task) in full: a task finds its environment, and an environment its first."""
-    if env and ":" in env:
-        return env, task or re.split(r"[:/.]", env)[-1]
-    owners = [name for name, tasks in envs.TASKS.items() if task in tasks]
-    env = env or (owners[0] if owners else "overcooked")
-    if task and not owners:
-        known("task", task, [each for tasks in envs.TASKS.values() for each in tasks])
-    return env, envs.make(env, task=task or None).task
-
-
-def tasks_named(given):
-    """Return what --env and --task mean to an evaluation: [(env, task)]; empty: the run's own."""
-    env, task = given.get("env"), given.get("task")
-    if task == "all":
+    A task finds its environment, and an environment its first task.
+    """
+    if task == "all" and several:
         return [(name, each) for name, tasks in envs.TASKS.items() for each in tasks
                 if env in (None, name)]
-    return [placed(env, task)] if env or task else []
+    if env and ":" in env:
+        return [(env, task or re.split(r"[:/.]", env)[-1])]
+    owners = {each: name for name, tasks in envs.TASKS.items() for each in tasks}
+    env = env or (owners[known("task", task, owners)] if task else "overcooked")
+    return [(env, envs.make(env, task=task or None).task)]
 
 
-def config_of(folder, given=None, resumed=False):
+def new_config(given):
+    """Return the Config of a run that begins, or of the untrained LLM. env and task are given."""
+    model = given.get("model", "pocket_lm")
+    usual = "pocket" if model == "pocket_lm" else "smollm2"
+    table = preset(given.pop("preset", usual), given["env"], given["task"])
+    if model not in ("pocket_lm", "smollm2"):
+        given["model"] = models.locate(model)  # a run must find it again from another folder
+    return check(Config(**{**table, **given}))
+
+
+def config_of(folder, given, resumed=False):
     """Return the Config of a run. It keeps its own settings, but for where it is played.
 
     A run's folder never causes code to be imported: a world of one's own is named again.
     """
-    given = dict(given or {})
     config = runs.fill(Config, runs.read_config(folder))
-    free = ("device",) if resumed else ("device", "env", "task", "episodes", "env_args", "out")
     named = given.get("env") == config.env
+    free = ("device",) if resumed else ("device", "env", "task", "episodes", "env_args", "out")
     other = [name for name in given if name not in free and not (name == "env" and named)]
     if other:
         raise ppo.PPOError(f"a run keeps its own settings; leave out --{', --'.join(other)}")
     if ":" in config.env and not named:
-        raise ppo.PPOError(f"this run's world is code of your own; name it again: --env"
-                           f" {shlex.quote(config.env)}")
-    if given.get("task") and given["task"] != "all" and not named:
-        given["env"], given["task"] = placed(given.get("env"), given["task"])
-    elif given.get("task") == "all":
-        given.pop("task")
+        raise ppo.PPOError(f"a run imports no code; add --env {runs.quote(config.env)}")
     return check(dataclasses.replace(config, **given))
 
 
 def new_run(config, agent):
     """Return (folder, settings) of a new run: with the number format that was taken."""
     taken = config.dtype if config.load_in else str(agent.model.dtype)[6:]
-    settings = dataclasses.replace(config, dtype=taken)
     folder = config.out or runs.free_name("runs", f"{title(config, '-')}-seed{config.seed}")
-    return folder, dataclasses.asdict(settings)
+    return folder, {**dataclasses.asdict(config), "dtype": taken}
 
 
 def title(config, joint=", "):
     """Return what names a run: its task, and model and normalisation where they are not usual."""
-    model = re.sub(r"\W+", "-", os.path.basename(config.model))
-    parts = [config.task, *([model] * (config.model != "pocket_lm")),
-             *([config.norm] * (config.norm != "word"))]
-    return joint.join(parts)
+    parts = [config.task, os.path.basename(config.model), config.norm]
+    return joint.join(re.sub(r"\W+", "-", part) for part in parts if part not in USUAL)
 
 
 # -----------------------------------------------------------------------------
@@ -264,11 +226,10 @@ def clean(text, most=500):
     return text if len(text) <= most else text[:most - 4] + " ..."
 
 
-def say(text=""):
+def say(text):
     """Print lines. A reader that goes away does not end the training."""
     try:
-        for line in str(text).split("\n"):
-            print(escape(line), flush=True)
+        print("\n".join(map(escape, text.split("\n"))), flush=True)
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")
 
@@ -298,10 +259,9 @@ def summarize(result):
 def measure(make_env, agent, config, greedy=False):
     """Play config.episodes episodes under a progress bar. Returns what summarize returns."""
     with bar(config.episodes, "episode", leave=False, disable=None) as shown:
-        def report(count):
-            shown.update(count - shown.n)
-        return summarize(ppo.evaluate(make_env, agent, config.episodes, EVALUATION_SEED,
-                                      config.gamma, greedy, report))
+        return summarize(ppo.evaluate(
+            make_env, agent, config.episodes, EVALUATION_SEED, config.gamma, greedy,
+            report=lambda count: shown.update(count - shown.n)))
 
 
 def evaluation_line(name, result, best=None):
@@ -322,54 +282,45 @@ def show_tokens(rows, options):
     return 0
 
 
-class Gate:
-    """Around the command: whatever goes wrong becomes one line and an exit code."""
+@contextlib.contextmanager
+def gate():
+    """Turn whatever goes wrong in the command into one line and an exit code.
 
-    def __init__(self):
-        """Nothing has gone wrong yet."""
-        self.run, self.code, self.rank = None, 0, 0
-
-    def __enter__(self):
-        """Return the gate, whose `run` the command fills in."""
-        return self
-
-    def __exit__(self, kind, error, trace):
-        """Say what was wrong. A bug keeps its traceback."""
-        hint = f"; {self.run.hint()}" if self.run else ""
-        if self.run:
-            self.run.close()
+    Yields what holds the exit code and the run, which the command fills in.
+    """
+    held = argparse.Namespace(run=None, code=0)
+    try:
+        yield held
+    except BaseException as error:
+        text, held.code = explained(error)
+        who = f"process {processes.place()[0]}: " if processes.place()[0] else ""
+        hint = f"; {held.run.hint()}" if held.run and held.code != 2 else ""
+        runs.tell(f"twosome.py: {clean(who + text + hint)}")
+        if trace := getattr(error, "traceback", ""):  # of somebody's own world: it is their code
+            runs.tell("\n".join(map(escape, trace.rstrip().split("\n"))))
+    finally:
+        if held.run:
+            held.run.close()
         processes.abandon()
-        text, code = explained(error)
-        if code is None:
-            return False
-        if error is not None:
-            self.code = code
-            who = f"process {self.rank}: " if self.rank else ""
-            runs.tell("twosome.py: " + who + clean(text + (hint if code != 2 else "")))
-            if getattr(error, "traceback", ""):  # of somebody's own world: it is their code
-                runs.tell("\n".join(map(escape, error.traceback.split("\n"))))
-        return True
 
 
 def explained(error):
-    """Return (text, exit code) of an exception; code None for a bug, whose traceback is wanted."""
-    full = isinstance(error, RuntimeError) and "allocate memory" in str(error)  # how a CPU says it
-    if full or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return ("memory ran out; raise --gradient-accumulation, or take a smaller model or"
-                " --dtype bfloat16"), 1
+    """Return (text, exit code) of an exception. A bug is raised again and keeps its traceback."""
     if isinstance(error, BAD_INPUT):
         return str(error), 2
+    # A CPU has no class of errors for it, but says so in words.
+    if "allocate memory" in str(error) or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return "memory ran out; raise --gradient-accumulation, or try --dtype bfloat16", 1
     if isinstance(error, (OSError, FloatingPointError, processes.ProcessLost)):
         return str(error), 1
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
-    return "", (0 if error is None else None)
+    raise error
 
 
 def write_evaluation(config, options, results):
     """Write an evaluation as JSON: into the run's folder, or the file that --out names."""
     path = os.path.join(options.folder, "evaluation.json") if options.folder else config.out
     if path:
-        runs.write_bytes(f"{path}.tmp", runs.to_json(results, indent=2))
-        os.replace(f"{path}.tmp", path)
+        runs.write(path, results)
         say(f"-> {path}")

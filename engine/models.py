@@ -24,9 +24,8 @@ import peft
 import torch
 import transformers
 from huggingface_hub import HfApi, snapshot_download
-from safetensors import safe_open
 
-from engine.trie import unwrapped
+from engine.trie import token_log_probs, unwrapped
 
 # Section 4.3 and published scripts: LoRA on the query and value projections. Our choice: the fused
 # projection where an architecture has one. The first row that the text model holds whole is taken.
@@ -72,22 +71,9 @@ def choose_device(name="auto"):
     """Return a torch.device; "auto" is the accelerator if there is one, else the CPU."""
     if name == "auto":
         name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    try:
+    with explained(f"device {name!r} is not available; use --device auto or cpu"):
         torch.zeros(1, device=name).item()  # a device in name only ("meta") holds no number
-    except (RuntimeError, AssertionError, ImportError):
-        raise ModelError(f"device {name!r} is not available; use --device auto or cpu") from None
     return torch.device(name)
-
-
-def choose_dtype(wanted, parameters, device):
-    """Return the number format for a base model of so many parameters.
-
-    On a CPU, "auto" is bfloat16 where that is faster, else float32. On another device it stays
-    "auto", which means as the weights are stored.
-    """
-    if wanted != "auto" or device.type != "cpu":
-        return wanted
-    return "bfloat16" if parameters >= LARGE and NATIVE else "float32"
 
 
 # -----------------------------------------------------------------------------
@@ -129,63 +115,59 @@ def load(name, dtype="auto", device="auto", load_in=""):
         folder = converted(folder)
     with explained(f"{folder!r} cannot be used"):  # which may be the copy of a GGUF file
         folder = pathlib.Path(folder if os.path.isdir(folder) else download(folder))
-        numbers = weights(folder)
-        dtype = choose_dtype(dtype, numbers, device)
-        # On a CPU, PyTorch's fused attention is slow in half precision (measured).
-        attention = "eager" if device.type == "cpu" and dtype != "float32" else None
         bits = transformers.BitsAndBytesConfig(**{f"load_in_{load_in}": True}) if load_in else None
-        # A stored number may hold up to sixteen packed weights.
-        model, tokenizer = build(
-            folder, 16 * numbers, dtype=dtype, device_map={"": device},
-            attn_implementation=attention, quantization_config=bits)
+        model, tokenizer = build(folder, weights(folder), dtype, device, quantization_config=bits)
         check(model, tokenizer)
     return model.requires_grad_(False), tokenizer
 
 
 def weights(folder):
-    """Return how many numbers a folder's weights hold, from their headers, before more is read.
+    """Return how many bytes a folder's weights take, before any of them are read.
 
-    Refuse an adapter, weights that are a pickle or elsewhere, and more layers than they can hold.
+    Refuse an adapter, weights that are a pickle or elsewhere, and far too many layers.
     """
     files, index = set(os.listdir(folder)), "model.safetensors.index.json"
     if "adapter_config.json" in files:
         raise ModelError("it holds an adapter; save the model that peft's merge_and_unload() gives")
-    names, sizes = {"model.safetensors"}, []
+    refuse_many((folder / "config.json").read_text("utf-8"))
+    names = {"model.safetensors"}
     if index in files and not names <= files:
         names = set(json.loads((folder / index).read_text("utf-8"))["weight_map"].values())
     for name in names:
         if name not in files or not name.endswith(".safetensors"):
             raise ModelError(f"{name!r} is not there as safetensors; nothing else is read")
-        with safe_open(folder / name, "pt") as file:
-            sizes += [torch.Size(file.get_slice(key).get_shape()).numel() for key in file.keys()]
-    refuse_many((folder / "config.json").read_text("utf-8"), len(sizes))
-    return sum(sizes)
+    return sum((folder / name).stat().st_size for name in names)
 
 
-def refuse_many(config, most):
-    """Refuse a configuration (JSON) of more than `most` layers or labels, which would never end."""
+def refuse_many(config, most=1000):
+    """Refuse a configuration (JSON) of so many layers or labels that building it never ends."""
     for name, count in re.findall(r'"(\w*(?:layer|label)\w*)"\s*:\s*(\d+)', config):
         if int(count) > most:
             raise ModelError(f"its {name} is {count[:20]}, where {most} is the most that can be")
 
 
-def build(source, most, gguf_file=None, **options):
+def build(source, size, dtype, device, gguf_file=None, **options):
     """Return the causal LM and the tokenizer of a folder, or of a GGUF file in it.
 
-    Refuse what is no causal LM, has more than `most` parameters, or does not fit its weights.
+    Refuse what is no causal LM, has more parameters than `size` bytes hold, or does not fit its
+    weights.
     """
     origin = {"gguf_file": gguf_file, "local_files_only": True, "trust_remote_code": False}
     config = transformers.AutoConfig.from_pretrained(source, **origin)
-    refuse_many(config.to_json_string(), 1000)  # our choice, for a GGUF file
+    refuse_many(config.to_json_string())
     config.transformers_weights = None  # let no configuration name another file
     with torch.device("meta"):  # shapes alone, no memory
         shapes = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    if shapes.num_parameters() > most:
+    if shapes.num_parameters() > 8 * size:  # a weight takes at least one bit
         raise ModelError("its configuration describes more parameters than its weights hold")
+    if dtype == "auto" and device.type == "cpu":  # elsewhere it means as the weights are stored
+        dtype = "bfloat16" if shapes.num_parameters() >= LARGE and NATIVE else "float32"
+    # On a CPU, PyTorch's fused attention is slow in half precision (measured).
+    attention = "eager" if device.type == "cpu" and dtype != "float32" else None
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, config=config, **origin)
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
-        source, config=config, output_loading_info=True, ignore_mismatched_sizes=True,
-        **origin, **options)
+        source, config=config, output_loading_info=True, ignore_mismatched_sizes=True, dtype=dtype,
+        device_map={"": device}, attn_implementation=attention, **origin, **options)
     wrong = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
     if wrong:
         raise ModelError(f"{len(wrong)} weights do not fit its configuration ({min(wrong)})")
@@ -222,9 +204,8 @@ def converted(path):
     with filelock.FileLock(f"{copy}.lock"), tempfile.TemporaryDirectory(dir=cache) as part:
         if not copy.is_dir():
             with explained(f"{path!r} is no GGUF file that can be read here"):
-                # A weight takes at least one bit of the file.
                 model, tokenizer = build(
-                    os.path.dirname(path), 8 * status.st_size, path, dtype="float32",
+                    os.path.dirname(path), status.st_size, "float32", torch.device("cpu"), path,
                     quantization_config=transformers.GgufConfig(dequantize=True))
             model.save_pretrained(part)
             tokenizer.save_pretrained(part)
@@ -276,11 +257,11 @@ def add_lora(model, rank=8, alpha=16, targets=""):
 # Before training.
 
 def preflight(model, trees, samples=32, others=()):
-    """Return what training will take: (dict, text of a few lines).
+    """Return what training will take, a text of a few lines.
 
     trees holds some prompts with their phrases, each in a tree of its own (trie.build_tree);
     samples is how many one backward pass holds; others are further modules that train (the critic).
-    Memory is measured: the longest tree is run once, and what autograd keeps of it is counted.
+    Memory is measured: the longest tree is scored once, and what autograd keeps of it is counted.
     """
     parameters = [p for module in (model, *others) for p in module.parameters()]
     longest = max(trees, key=lambda tree: len(tree.ids))
@@ -291,21 +272,20 @@ def preflight(model, trees, samples=32, others=()):
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, torch.Tensor.detach):
-        ids = longest.ids[None].to(model.device)
-        logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(longest.parents)).logits
-        logits.log_softmax(-1, dtype=torch.float32)
+        token_log_probs(model, longest.items)
     # What trains is there four times: itself, its gradient and Adam's two moments.
     memory = sum(p.nbytes * 4 ** p.requires_grad for p in parameters) + samples * sum(kept.values())
-    report = {"parameters": sum(p.numel() for p in parameters), "memory_bytes": memory,
-              "trainable": sum(p.numel() for p in parameters if p.requires_grad)}
+    total = sum(p.numel() for p in parameters)
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
     prompt = max(len(tree.items[0][0]) for tree in trees)
     phrase = max(len(tail) for tree in trees for tail in tree.items[0][1])
-    slow = model.device.type == "cpu" and report["parameters"] >= LARGE and not NATIVE
-    advice = "; two to three times slower than where bfloat16 is native" if slow else ""
+    advice = ""
     if model.dtype == torch.float16:
         advice = "; better bfloat16, for float16 gradients were 4 to 109 % off"
-    return report, f"""\
+    elif model.device.type == "cpu" and total >= LARGE and not NATIVE:
+        advice = "; two to three times slower than where bfloat16 is native"
+    return f"""\
 model      {type(unwrapped(model)).__name__} on {model.device}, {str(model.dtype)[6:]}{advice}
-parameters {report["parameters"]:,}, of which {report["trainable"]:,} train (LoRA and critic)
+parameters {total:,}, of which {trained:,} train (LoRA and critic)
 prompts    up to {prompt} tokens, phrases up to {phrase}, packed up to {len(longest.ids)}
 memory     about {memory >> 20:,} MiB for {samples} samples (--gradient-accumulation divides)"""

@@ -7,7 +7,6 @@ import contextlib
 import datetime
 import os
 import sys
-import threading
 
 import torch
 import torch.distributed as dist
@@ -37,8 +36,8 @@ def together():
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).splitlines()[0][:100]
-        raise ProcessLost(f"another process has ended ({reason})") from error
+        why = str(error).splitlines()[0]
+        raise ProcessLost(f"another process has ended ({why[:100]})") from error
 
 
 def join():
@@ -52,23 +51,19 @@ def join():
     rank, port = (os.environ.get(name, "") for name in ("RANK", "MASTER_PORT"))
     numbers = world.isdecimal() and rank.isdecimal() and port.isdecimal()
     if not numbers or int(rank) >= int(world) or not os.environ.get("MASTER_ADDR"):
-        raise ProcessError("WORLD_SIZE is set, but not as torchrun sets it together with RANK,"
-                           " MASTER_ADDR and MASTER_PORT; start with torchrun, or unset it")
+        raise ProcessError("WORLD_SIZE is set, but not as torchrun does; use torchrun, or unset it")
     local = int(os.environ.get("LOCAL_RANK", 0))
     if local < torch.cuda.device_count():
         torch.cuda.set_device(local)
-    line = f"waiting up to {RENDEZVOUS} s for {world} processes at {os.environ['MASTER_ADDR']}"
-    waiting = threading.Timer(10, print, [line], {"file": sys.stderr, "flush": True})
-    waiting.daemon = True
-    waiting.start()
+    wait = f"up to {RENDEZVOUS} s for {world} processes at {os.environ['MASTER_ADDR']}"
+    if rank == "0":
+        print("waiting", wait, file=sys.stderr, flush=True)
     try:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=RENDEZVOUS))
         dist.distributed_c10d._set_pg_timeout(PATIENCE)
     except (RuntimeError, ValueError) as error:
-        raise ProcessLost(f"the {world} processes did not meet within {RENDEZVOUS} s") from error
-    finally:
-        waiting.cancel()
+        raise ProcessLost(f"the processes did not meet: waited {wait}") from error
     return place()[0]
 
 
@@ -83,24 +78,14 @@ def gather(value):
 
 def leave():
     """Leave the others together: one that ended early could cut off the first one's message."""
-    if place()[1] > 1:
-        with together():
-            dist.broadcast(torch.zeros(1), src=0)
-        dist.destroy_process_group()
+    gather(None)
+    abandon()
 
 
 def abandon():
     """Leave without a word, after an error: a process that leaves this to its end may abort."""
-    if dist.is_available() and dist.is_initialized():
+    if place()[1] > 1:
         dist.destroy_process_group()
-
-
-def first_then_others(work):
-    """Have the first process do the work, and then the others."""
-    for turn in (0, 1):
-        if turn == min(place()[0], 1):
-            work()
-        gather(None)
 
 
 def agree(settings):

@@ -130,11 +130,20 @@ def fill(kind, values):
 
 
 def write_bytes(path, data):
-    """Create a file. What stands under this name is replaced; a link there is not followed."""
+    """Write a file whole or not at all. A link of this name is replaced and not followed."""
+    hidden = os.path.join(os.path.dirname(path), f".tmp-{os.path.basename(path)}")
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-    with open(path, "xb") as file:
+        os.unlink(hidden)
+    with open(hidden, "xb") as file:
         file.write(data)
+    os.replace(hidden, path)
+
+
+def write(path, content):
+    """Write bytes, or anything else as JSON, in which NaN and infinity become null."""
+    if not isinstance(content, bytes):
+        content = to_json(json.loads(to_json(content), parse_constant=lambda text: None))
+    write_bytes(path, content)
 
 
 def sync(path):
@@ -167,8 +176,7 @@ def load_moments(kind, optimizer, tensors):
 def read_tensors(path, like):
     """Return a safetensors file's tensors. RunError unless names and shapes are as in `like`."""
     tensors = safetensors.torch.load(read_bytes(path))
-    shapes = [{name: tensor.shape for name, tensor in side.items()} for side in (tensors, like)]
-    if shapes[0] != shapes[1]:
+    if {key: a.shape for key, a in tensors.items()} != {key: b.shape for key, b in like.items()}:
         raise RunError(f"{path} does not fit this agent: it has tensors of other names or shapes")
     return tensors
 
@@ -284,10 +292,10 @@ class Run:
 
     note = staticmethod(tell)
 
-    def __init__(self, folder, resumed):
-        """Take hold of a folder that is there. Use Run.create or Run.open."""
+    def __init__(self, folder, resumed=True, config=None):
+        """Go on with a run that is there. Run.create begins one. Raises RunError."""
         self.folder, self.resumed, self.kept = folder, resumed, checkpoints(folder)
-        self.config = read_config(folder) if resumed else {}
+        self.config = read_config(folder) if config is None else config
         self.seconds, self.cpu_seconds, self.table = 0.0, 0.0, b""  # table: metrics.csv
         self.hold()
 
@@ -311,40 +319,22 @@ class Run:
         if names:
             run = f"holds a run already; go on with: {again(folder)}"
             raise RunError(f"{folder} {run if 'config.json' in names else 'must be new or empty'}")
-        run = cls(folder, resumed=False)
-        run.config = config
+        run = cls(folder, False, config)
         run.write("config.json", {"format": FORMAT, **config})
         return run
-
-    @classmethod
-    def open(cls, folder):
-        """Go on with a run that is there. Raises RunError."""
-        return cls(folder, resumed=True)
 
     def path(self, *names):
         """Return a path inside the run's folder."""
         return os.path.join(self.folder, *names)
 
-    def remove(self, name):
-        """Remove a folder of the run."""
-        # Take its name first: a kill in between must leave no checkpoint that lacks files.
-        shutil.rmtree(self.path(".tmp-removed"), ignore_errors=True)
-        os.rename(self.path(name), self.path(".tmp-removed"))
-        shutil.rmtree(self.path(".tmp-removed"), ignore_errors=True)
-
     def write(self, name, content):
-        """Write a file: bytes, or anything else as JSON, in which NaN and infinity become null."""
-        if not isinstance(content, bytes):
-            content = to_json(json.loads(to_json(content), parse_constant=lambda text: None))
-        write_bytes(self.path(f".tmp-{name}"), content)
-        os.replace(self.path(f".tmp-{name}"), self.path(name))
+        """Write a file of the run, as the function write does."""
+        write(self.path(name), content)
 
     def log(self, row):
         """Append a row to metrics.csv: {column: number}, the same columns in every row."""
-        header, line = (f"{','.join(map(str, part))}\n".encode() for part in (row, row.values()))
-        if self.table and not self.table.startswith(header):
-            raise RunError(f"{self.path('metrics.csv')} has other columns than the row to append")
-        line = line if self.table else header + line
+        parts = [row.values()] if self.table else [row, row.values()]  # the header comes first
+        line = "".join(f"{','.join(map(str, part))}\n" for part in parts).encode()
         with open(self.path("metrics.csv"), "ab") as file:
             file.write(line)
         self.table += line
@@ -385,7 +375,10 @@ class Run:
         sync(self.folder)
         self.kept = checkpoints(self.folder)
         for old in self.kept[:-2]:
-            self.remove(old)
+            # Take its name first: a kill in between must leave no checkpoint that lacks files.
+            shutil.rmtree(self.path(".tmp-removed"), ignore_errors=True)
+            os.rename(self.path(old), self.path(".tmp-removed"))
+            shutil.rmtree(self.path(".tmp-removed"), ignore_errors=True)
 
     def restore(self, agent, trainer, which="last"):
         """Load a checkpoint into agent and trainer, and metrics.csv as it was then.
@@ -409,7 +402,8 @@ class Run:
             self.note(f"{state['surroundings']} is now {surroundings()}: last bits may differ")
         while self.kept[-1] != os.path.basename(path):  # another future than theirs begins here
             later = self.kept.pop()
-            os.rename(self.path(later), free_name(self.folder, f"{later}.abandoned"))
+            if not trainer.rank:
+                os.rename(self.path(later), free_name(self.folder, f"{later}.abandoned"))
         self.table = read_bytes(os.path.join(path, "metrics.csv"))
         self.write("metrics.csv", self.table)
         return trainer.updates
@@ -427,10 +421,7 @@ class Run:
 
 
 class Follower(Run):
-    """The run's folder as every process but the first sees it: it reads, and writes nothing.
-
-    Let the first process restore before the others: it puts newer checkpoints aside.
-    """
+    """The run's folder as every process but the first sees it: it reads, and writes nothing."""
 
     def nothing(self, *arguments):
         """Leave this to the first process."""
@@ -438,24 +429,22 @@ class Follower(Run):
     hold = note = write = log = close = nothing
 
 
-class Signals:
-    """Within it, the first SIGINT, SIGTERM or SIGHUP is noted, and the second ends the process.
+class Signals(contextlib.ExitStack):
+    """From here to the end of a with statement, take over SIGINT, SIGTERM and SIGHUP.
 
-    exit_code is 0, and after a signal 130, 143 or 129. Ending at once is safe: what was being
-    written still has its temporary name. quiet: of several processes only one speaks.
+    The first one is noted, and the second ends the process. exit_code is 0, and after a signal 130,
+    143 or 129. Ending at once is safe: what was being written still has its temporary name.
+    quiet: of several processes only one speaks.
     """
 
     def __init__(self, quiet=False):
-        """Change nothing yet."""
-        self.exit_code, self.quiet, self.before = 0, quiet, {}
-
-    def __enter__(self):
-        """Take the signals over."""
+        """Take the signals over; leaving the with statement gives them back."""
+        super().__init__()
+        self.exit_code, self.quiet = 0, quiet
         nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        numbers = (signal.SIGINT, signal.SIGTERM, *[signal.SIGHUP][nohup:])
         with contextlib.suppress(ValueError):  # Python allows handlers in the main thread alone
-            self.before = {number: signal.signal(number, self.handle) for number in numbers}
-        return self
+            for number in (signal.SIGINT, signal.SIGTERM, *[signal.SIGHUP][nohup:]):
+                self.callback(signal.signal, number, signal.signal(number, self.handle))
 
     def handle(self, number, frame):
         """Do what a signal asks for."""
@@ -465,8 +454,3 @@ class Signals:
         self.exit_code = 128 + number
         if not self.quiet:
             tell("\nfinishing this update, then a checkpoint; again to stop at once")
-
-    def __exit__(self, *error):
-        """Give the signals back."""
-        for number, handler in self.before.items():
-            signal.signal(number, handler)

@@ -47,8 +47,7 @@ class Trainer(ppo.PPO):
         super().__init__(make_env, agent, config, seed)
         self.share = slice(self.rank * config.num_envs // self.world,
                            (self.rank + 1) * config.num_envs // self.world)
-        self.envs, self.rngs, self.now = (
-            whole[self.share] for whole in (self.envs, self.rngs, self.now))
+        self.envs, self.rngs, self.now = (x[self.share] for x in (self.envs, self.rngs, self.now))
         self.skipped = 0
         self.in_a_row = {"policy": 0, "critic": 0}
 
@@ -64,17 +63,14 @@ class Trainer(ppo.PPO):
     def rollout(self):
         """Act, and join the rollouts of all processes, environments side by side."""
         parts = gather(super().rollout())
-        joined = {}
-        for field in dataclasses.fields(ppo.Rollout)[1:]:
-            joined[field.name] = torch.cat([getattr(part, field.name) for part in parts], dim=1)
+        names = [field.name for field in dataclasses.fields(ppo.Rollout)[1:]]
+        joined = {name: torch.cat([getattr(part, name) for part in parts], 1) for name in names}
         for name in ("rewards", "values", "next_values"):
             if not torch.isfinite(joined[name]).all():
                 raise FloatingPointError(f"the {name} of a rollout are not finite")
         N = len(self.envs)
-        items = []
-        for t in range(self.config.rollout_steps):
-            for part in parts:
-                items += part.items[t * N:(t + 1) * N]
+        items = [item for t in range(self.config.rollout_steps) for part in parts
+                 for item in part.items[t * N:(t + 1) * N]]
         return ppo.Rollout(items, **joined)
 
     def policy_gradient(self, rollout, advantages, batch):
@@ -118,12 +114,10 @@ class Trainer(ppo.PPO):
                 parameter.grad = torch.zeros_like(parameter)
         grads = [parameter.grad for parameter in parameters]
         sums = grads[0].new_tensor(list(measured.values()))
-        message = torch.cat([tensor.flatten() for tensor in (*grads, sums)])
+        message = torch.nn.utils.parameters_to_vector([*grads, sums])
         with together():
             dist.all_reduce(message)
-        *summed, sums = message.split([tensor.numel() for tensor in (*grads, sums)])
-        for grad, total in zip(grads, summed, strict=True):
-            grad.copy_(total.view_as(grad))
+        torch.nn.utils.vector_to_parameters(message, [*grads, sums])
         return dict(zip(measured, sums.tolist(), strict=True))
 
     def step(self, optimizer):
@@ -146,10 +140,8 @@ class Trainer(ppo.PPO):
 
         Every process must call it. An environment without a state_dict() is kept as None.
         """
-        mine = []
-        for env, rng in zip(self.envs, self.rngs, strict=True):
-            world = env.state_dict() if hasattr(env, "state_dict") else None
-            mine.append([world, rng.bit_generator.state])
+        worlds = [env.state_dict() if hasattr(env, "state_dict") else None for env in self.envs]
+        mine = [*zip(worlds, (rng.bit_generator.state for rng in self.rngs), strict=True)]
         episodes = {name: np.asarray(value).tolist() for name, value in vars(self.episodes).items()}
         return {"updates": self.updates, "skipped": self.skipped, "in_a_row": dict(self.in_a_row),
                 "episodes": episodes, "environments": sum(gather(mine), []),
@@ -169,7 +161,5 @@ class Trainer(ppo.PPO):
                 self.envs[n].load_state_dict(world)
                 self.now[n] = self.envs[n].observe()
         if any(world is None for world, _ in state["environments"]):
-            print("note: this world keeps no state, so the running episodes begin anew",
-                  file=sys.stderr)
-            self.episodes.returns[:] = 0.0
-            self.episodes.lengths[:] = 0.0
+            print("note: this world keeps no state, so its episodes begin anew", file=sys.stderr)
+            self.episodes.returns[:] = self.episodes.lengths[:] = 0.0

@@ -44,7 +44,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 # Our choice, measured with 1 and with 135 million parameters. A larger tree wastes attention on
@@ -77,9 +76,7 @@ def build_tree(items):
     edges = {}  # (column of the parent, token) -> number of the edge
     paths = []
     for prompt_ids, tails in items:
-        last = _walk(nodes, -1, prompt_ids)[-1]
-        for tail in tails:
-            parents = [last, *_walk(nodes, last, tail[:-1])]
+        for parents, tail in zip(_insert(nodes, prompt_ids, tails), tails, strict=True):
             steps = zip(parents, tail, strict=True)
             paths.append([edges.setdefault(step, len(edges)) for step in steps])
 
@@ -95,6 +92,12 @@ def build_tree(items):
     paths = np.array(list(itertools.zip_longest(*paths, fillvalue=len(edges)))).T
     arrays = ids, positions[:-1], visible[:-1], parents, np.stack([rows, tokens], 1), paths
     return Tree(items, *map(torch.from_numpy, arrays))
+
+
+def _insert(nodes, prompt_ids, tails):
+    """Add the nodes of an item that are missing. Return, for each tail, its tokens' parents."""
+    last = _walk(nodes, -1, prompt_ids)[-1]
+    return [[last, *_walk(nodes, last, tail[:-1])] for tail in tails]
 
 
 def _walk(nodes, column, ids):
@@ -118,11 +121,9 @@ def group(items, nodes):
     items = sorted(set(items))
     trie = {}  # of all items
     starts = []  # the number of its nodes before each item
-    for prompt_ids, tails in items:
+    for item in items:
         starts.append(len(trie))
-        last = _walk(trie, -1, prompt_ids)[-1]
-        for tail in tails:
-            _walk(trie, last, tail[:-1])
+        _insert(trie, *item)
     parts = -(-len(trie) // nodes)  # rounded up
     groups = [[] for _ in range(parts)]
     for start, item in zip(starts, items, strict=True):
@@ -140,7 +141,8 @@ def _forward(model, trees, layout):
     layout is mask_layout's, or None: then each tree is a single row, under an ordinary mask.
     """
     device = model.device
-    ids = _stack([tree.ids for tree in trees], device)  # [B, S]; nobody sees the padding
+    # [B, S]; nobody sees the padding.
+    ids = pad_sequence([tree.ids for tree in trees], batch_first=True).to(device)
     keep = torch.zeros(ids.shape, dtype=torch.bool)
     edges, before = [], 0
     for b, tree in enumerate(trees):
@@ -156,7 +158,7 @@ def _forward(model, trees, layout):
     rows, tokens = torch.cat(edges).T.to(device)
     log_probs = logits.log_softmax(-1, dtype=torch.float32)[rows, tokens]  # [E of all trees]
     parts = log_probs.split([len(tree.edges) for tree in trees])
-    parts = [pad(part, (0, 1)) for part in parts]  # a zero, for where a phrase is over
+    parts = [torch.nn.functional.pad(part, (0, 1)) for part in parts]  # where a phrase is over
     return [part[tree.paths.to(device)] for part, tree in zip(parts, trees, strict=True)]
 
 
@@ -166,20 +168,19 @@ def _attention(trees, layout, model):
     A tree's mask is [B, 1, S, S]: 0 for what is seen, else the lowest number of the model's dtype.
     A bool mask would be silently wrong under eager attention.
     """
-    device = model.device
     if layout is None:
-        return {"attention_mask": _stack([torch.ones_like(tree.ids) for tree in trees], device)}
-    positions = _stack([tree.positions for tree in trees], device)  # [B, S]
+        ones = [torch.ones_like(tree.ids) for tree in trees]
+        return {"attention_mask": pad_sequence(ones, batch_first=True).to(model.device)}
+    positions = pad_sequence([tree.positions for tree in trees], batch_first=True)  # [B, S]
     visible = torch.eye(positions.shape[1], dtype=torch.bool).repeat(len(trees), 1, 1)
     for b, tree in enumerate(trees):
         visible[b, :len(tree.ids), :len(tree.ids)] = tree.visible
-    visible = visible.to(device)  # [B, S, S]
+    visible, positions = visible.to(model.device), positions.to(model.device)
+    apart = positions[:, :, None] - positions[:, None, :]  # [B, S, S]
     lowest = torch.finfo(model.dtype).min
     masks = {}
     for kind, window in layout.items():
-        seen = visible
-        if window is not None:
-            seen = visible & (positions[:, :, None] - positions[:, None, :] < window)
+        seen = visible & (apart < (window or torch.inf))
         masks[kind] = torch.where(seen, 0.0, lowest)[:, None].to(model.dtype)
     return {"position_ids": positions, "attention_mask": masks.get("single", masks)}
 
@@ -189,11 +190,6 @@ def _forward_rows(model, items):
     rows = [(prompt_ids, (tail,)) for prompt_ids, tails in items for tail in tails]
     scores = _forward(model, [build_tree([row]) for row in rows], None)  # [1, T] each
     return pad_sequence([score[0] for score in scores], batch_first=True)
-
-
-def _stack(rows, device):
-    """Stack tensors of different lengths as rows, with zeros behind their ends."""
-    return pad_sequence(rows, batch_first=True).to(device)
 
 
 # -----------------------------------------------------------------------------
@@ -214,11 +210,11 @@ def context(model):
     """Return the number of tokens that the model's context holds; 2 ** 40 if it has no bound."""
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
-    limits = [getattr(config, "max_position_embeddings", None)]
+    limit = getattr(config, "max_position_embeddings", None) or 2 ** 40
     if rope.get("rope_type") == "longrope":
         # Beyond this length, a text's rotations depend on the longest text of its batch.
-        limits.append(rope.get("original_max_position_embeddings"))
-    return min((limit for limit in limits if limit), default=2 ** 40)
+        limit = min(limit, rope.get("original_max_position_embeddings") or limit)
+    return limit
 
 
 def mask_layout(model):
@@ -314,20 +310,16 @@ def token_log_probs(model, items, nodes=NODES):
         return []
     depth = max(len(prompt_ids) + max(map(len, tails)) - 1 for prompt_ids, tails in items)
     if depth > context(model):
-        raise ScoringError(f"prompt and phrase have {depth} tokens, but the model's context holds"
-                           f" {context(model)}; shorten the prompt")
+        raise ScoringError(f"{depth} tokens are too many: the context holds {context(model)}")
     trees = [build_tree(part) for part in group(items, nodes)]
     layout = _layout(model, depth, max(len(tree.ids) for tree in trees))
-    scores = []  # [A, T] of each tree
-    for start in range(0, len(trees), TREES):
-        part = trees[start:start + TREES]
-        if layout:
-            scores += _forward(model, part, layout)
-        else:
-            scores += [_forward_rows(model, tree.items) for tree in part]
+    if layout:
+        parts = [trees[n:n + TREES] for n in range(0, len(trees), TREES)]
+        scores = [score for part in parts for score in _forward(model, part, layout)]
+    else:
+        scores = [_forward_rows(model, tree.items) for tree in trees]  # [A, T] of each tree
     if not torch.stack([score.isfinite().all() for score in scores]).all():
-        raise FloatingPointError("the model's log-probabilities are not finite; check its weights,"
-                                 " or use a wider --dtype")
+        raise FloatingPointError("the log-probabilities are not finite; try --dtype float32")
     found = {}
     for tree, score in zip(trees, scores, strict=True):
         parts = score.split([len(tails) for _, tails in tree.items])

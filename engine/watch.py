@@ -64,7 +64,7 @@ class Report(contextlib.ExitStack):
             f" {self.config.seed} -> {self.run.folder}")
         items, chance = random_walk(self.make_env(), agent, self.config.gamma)
         samples = self.config.minibatch // self.config.gradient_accumulation
-        say(models.preflight(agent.model, [*map(agent.tree, items)], samples, [agent.critic])[1])
+        say(models.preflight(agent.model, [*map(agent.tree, items)], samples, [agent.critic]))
         if not self.trainer.updates:
             self.run.write("baseline.json", {"random": chance, "optimum": {"return": self.best}})
             untrained = measure(self.make_env, agent, self.config)

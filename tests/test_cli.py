@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+import envs
 import ppo
 import twosome
 from engine import command, models, runs, trainer, worlds
@@ -372,11 +373,11 @@ def test_none_is_what_sum_means(name, finished, capfd):
 
 
 def test_every_task_is_meant_by_all():
-    named = command.tasks_named({"task": "all"})
+    named = command.tasks_named(None, "all", several=True)
     assert len(named) == 15
     assert ("virtualhome", "laundry") in named and ("overcooked", "onion-salad") in named
     kitchen = [(env, task) for env, task in named if env == "overcooked"]
-    assert command.tasks_named({"env": "overcooked", "task": "all"}) == kitchen
+    assert command.tasks_named("overcooked", "all", several=True) == kitchen
 
 
 @pytest.mark.parametrize("task, env", [
@@ -410,7 +411,7 @@ def test_the_papers_preset_is_the_published_table(task):
     assert (config.norm, config.lora_rank, config.lora_alpha) == ("word", 8, 16)
 
 
-@pytest.mark.parametrize("task", [task for _, task in command.tasks_named({"task": "all"})])
+@pytest.mark.parametrize("task", [task for tasks in envs.TASKS.values() for task in tasks])
 @pytest.mark.parametrize("preset", ("pocket", "smollm2", "hub", "paper"))
 def test_every_preset_serves_every_task(preset, task):
     config, _ = command.parse(["--preset", preset, "--task", task])
@@ -439,8 +440,8 @@ def test_a_model_in_a_folder_is_found_again_from_elsewhere(tmp_path, monkeypatch
 
 def test_every_setting_has_its_flag_its_help_and_its_default():
     fields = {field.name: field for field in dataclasses.fields(command.Config)}
-    grouped = " ".join(command.GROUPS.values()).split()
-    assert sorted(grouped) == sorted(fields)
+    flags = [name for group in command.FLAGS.values() for name in group]
+    assert len(flags) == len(set(flags)) and set(fields) < set(flags)
     shown = " ".join(command.parser().format_help().split())
     for name, field in fields.items():
         flag, default = name.replace("_", "-"), str(field.default)
@@ -450,8 +451,9 @@ def test_every_setting_has_its_flag_its_help_and_its_default():
 
 
 def test_the_flags_of_a_training_are_at_most_32():
-    settings = " ".join(command.GROUPS.values()).split()
-    assert len([*settings, "preset"]) <= 32  # --resume, --from and --help set nothing
+    settings = [name for title in ("what to learn", "the model", "PPO", "running")
+                for name in command.FLAGS[title]]
+    assert len({*settings} - {"resume", "from"}) <= 32  # these set nothing
 
 
 def test_help_fits_64_lines_of_80_columns(capsys):

@@ -113,7 +113,7 @@ def judge(item):
 
 def moments(task="tomato-salad", greedy=True, **options):
     """Return the generator of an episode's moments, played by `judge`."""
-    env, task = command.placed(None, task)
+    (env, task), = command.tasks_named(None, task)
     config = command.Config(env=env, task=task, gamma=envs.make(env, task=task).gamma)
     return watch.moments(config, SimpleNamespace(greedy=greedy, folder="x"), Uniform(),
                          lambda: envs.make(env, task=task, **options), judge)
@@ -491,7 +491,7 @@ def test_the_settings_of_matplotlib_fail_nothing(run, tmp_path):
     program = """if True:
         import os, sys
         from engine import runs, watch
-        folder = runs.Run.open(sys.argv[1])
+        folder = runs.Run(sys.argv[1])
         os.environ["MATPLOTLIBRC"] = sys.argv[2]
         watch.draw_curve(folder)
         assert not os.path.exists(folder.path("curve.png"))
