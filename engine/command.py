@@ -136,6 +136,8 @@ def parse(argv):
     """Return (Config, options) of a command line. Raises PPOError, RunError or EnvError."""
     options = parser().parse_args(argv)
     typed = {name: value for name, value in vars(options).items() if value is not None}
+    if [] in typed.values():  # what argparse makes of --seed=--
+        raise ppo.PPOError("a flag has no value; write --flag value")
     modes = [name for name in ("resume", "eval", "watch", "compare", "tokens") if name in typed]
     if len(modes) > 1:
         raise ppo.PPOError(f"--{modes[0]} and --{modes[1]} are different commands; give one")

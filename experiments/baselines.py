@@ -516,6 +516,22 @@ class HeadAlone(FullFinetune):
         return name.endswith("lm_head.weight")
 
 
+class Chat(twosome.Agent):
+    """The prompt is told as a user's message in the model's chat template; the phrase answers."""
+
+    def score(self, items):
+        policies = []
+        for prompt, phrases in items:
+            opening = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], add_generation_prompt=True,
+                return_dict=True)["input_ids"]
+            tails = tuple(map(tuple, twosome.encode(self.tokenizer, list(phrases))))
+            tokens, = twosome.trie.token_log_probs(self.model, [(tuple(opening), tails)])
+            seams = (0,) * len(tails)
+            policies.append(twosome.policy(tokens, tails, seams, phrases, self.normalization))
+        return policies
+
+
 class AlwaysEntropy(trainer.Trainer):
     """The entropy bonus does not rest while no reward has been seen."""
 
@@ -545,6 +561,7 @@ VARIANTS = {
     "critic-adapted": replaced(twosome, "Agent", CriticAdapted),
     "full-finetune": replaced(twosome, "Agent", FullFinetune),
     "head-alone": replaced(twosome, "Agent", HeadAlone),
+    "chat": replaced(twosome, "Agent", Chat),
     "entropy-always": replaced(twosome, "Trainer", AlwaysEntropy),
     "no-floor": replaced(ppo, "normalize_advantages",
                          functools.partial(ppo.normalize_advantages, floor=1e-8)),
