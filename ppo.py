@@ -196,7 +196,8 @@ class PPO:
 
     `make_env()` returns a fresh environment with Gymnasium's reset and step. Its info may carry
     "admissible" (action indices), "duration" (primitive steps of the last action; 1 if absent)
-    and "success" (at the end of an episode).
+    and "success" (at the end of an episode). The reward of an action that lasts several steps
+    comes discounted already, from the action's own start.
     """
 
     def __init__(self, make_env, agent, config, seed=0):
@@ -227,7 +228,8 @@ class PPO:
         self.value_optimizer.param_groups[0]["lr"] = config.critic_lr * left
 
         # 2. Act in the environments with the policy as it stands. Forget remembered scores even
-        # if no step was taken: a resumed run begins with an empty memory and must do the same.
+        # if the last update took no step: a resumed run begins with an empty memory, and both
+        # must do the same work.
         self.agent.policy_changed()
         rollout = self.rollout()
         self.episodes.add(rollout)
@@ -268,7 +270,8 @@ class PPO:
                 durations[t, n] = info.get("duration", 1)
                 terminated[t, n] = bool(done)
                 ended[t, n] = bool(done or cut)
-                # A world that does not tell its success counts as solved if it ends on a reward.
+                # A world that does not tell its success counts as solved if its episode ends, or
+                # is cut, on a reward.
                 successes[t, n] = ended[t, n] and info.get("success", reward > 0)
                 # A time limit cuts an episode that still had a future. Keep its last
                 # observation: its value stands for that future.
@@ -287,11 +290,15 @@ class PPO:
                        rewards, durations, terminated, ended, successes)
 
     def update(self, rollout, advantages, returns):
-        """Improve critic and policy on one rollout. Returns the means of what was measured."""
+        """Improve critic and policy on one rollout. Returns the means of what was measured.
+
+        `advantages` are normalised [T, N].
+        """
         rows = []
-        # While every reward has been zero, so is every advantage, because the critic's last layer
-        # starts at zero. There is nothing to learn yet: leave the policy alone. This includes the
-        # entropy bonus (our choice), which alone would wear down what the LLM knows already.
+        # While every reward has been zero, so is every advantage, if the critic's last layer
+        # started at zero (twosome.Agent). There is nothing to learn yet: leave the policy alone.
+        # This includes the entropy bonus (our choice), which alone would wear down what the LLM
+        # knows already.
         improving = bool(advantages.any())
 
         for batch in self.minibatches(len(rollout.items)):
@@ -302,7 +309,8 @@ class PPO:
             rows.append(measured)
 
             # Check a step before it is taken, not after it: one bad step can end all learning.
-            # The margin of 1.5 is our choice, for the estimate is noisy.
+            # Then only the critic goes on with this rollout. The margin of 1.5 is our choice,
+            # because the estimate is noisy.
             improving = not 0 < 1.5 * self.config.target_kl < measured["kl"]
             if improving:
                 self.step(self.policy_optimizer)
@@ -322,8 +330,8 @@ class PPO:
     def policy_gradient(self, rollout, advantages, batch):
         """Leave the gradient of the clipped surrogate minus the entropy bonus in the policy.
 
-        Divide by the size of a whole minibatch even where `batch` is a part of one: so the
-        gradients and the measures of the parts add up to those of the whole.
+        A subclass may call this with parts of a minibatch, to save memory. So divide by the size
+        of a whole one: then gradients and measures of the parts add up to those of the whole.
         """
         size = self.config.minibatch
         # Pad with -1e9, which is 0 in probability. The losses are a few numbers: use the CPU.

@@ -29,8 +29,10 @@ Two rules are ours and not the paper's:
     'You want to make an onion salad. You hold the tomato. Your next step is to'
 
 All sentences are our own wording, neither the paper's nor that of its published scripts. This
-file imports nothing of the project and needs no package: copy it alone. For your own world, write
-a function like render, and let lint look at what it says.
+file imports nothing of the project and needs no package: copy it alone. To reword our worlds, edit
+Kitchen and Home below. For a world of your own, put a prompt and the phrases of its admissible
+actions into info["prompt"] and info["actions"] (twosome.observation_text), and let lint look at
+them.
 """
 import re
 from itertools import combinations

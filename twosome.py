@@ -8,7 +8,8 @@
              the same, each distinct token once             score_actions (engine/trie.py)
     4.2      token and word normalisation, equations 3, 4   normalize
     4.3      actor and critic on one frozen LLM             Agent
-             PPO with macro-actions                         ppo.py; the training loop is train
+             PPO with macro-actions                         ppo.py; the training loop is train,
+                                                            and its Trainer is ppo.PPO for a run
     4.4      prompts                                        prompts.py
     5        Overcooked and VirtualHome                     envs.py
 
@@ -173,9 +174,10 @@ NORMALIZATIONS = ("sum", "token", "word")  # the paper proposes the last two; su
 def policy(token_log_probs, tails, seams, phrases, normalization):
     """Return log pi [A] from the log-probability of each phrase's tokens [A, T], 0 behind its end.
 
-    Where a phrase merged with the prompt's end, the others begin with `seams` tokens of the
-    prompt. These count, or the events would not share one past; but they are nobody's length, or
-    the odds of two actions would depend on a third.
+    Where a phrase merged with the prompt's end, the tails of the others begin with some of the
+    prompt's own tokens; `seams` counts them. Their log-probability belongs to the score, because
+    all phrases must be events after one past. But they are no part of any phrase's length:
+    otherwise the odds of two actions would depend on a third.
     """
     joint = token_log_probs.sum(-1)  # [A] log P(a_k | d), equation 2
     seam = torch.zeros_like(joint)
@@ -196,7 +198,8 @@ def normalize(joint, token_counts, word_counts, normalization="word", seam=0.0):
 
     N_k counts the phrase's tokens and W_k its words. "sum" (or "none") divides by nothing. Word
     normalisation is the paper's choice: it does not favour short phrases, and it does not reward
-    a word for being cut into many tokens, most of which are near certain.
+    a word for being cut into many tokens, most of which are near certain. `seam` is the part of
+    the score that is divided by no length (see policy); it is nearly always 0.
     """
     lengths = {"sum": None, "none": None, "token": token_counts, "word": word_counts}
     if normalization not in lengths:
@@ -219,9 +222,11 @@ def normalize(joint, token_counts, word_counts, normalization="word", seam=0.0):
 def observation_text(info):
     """Return the text of an observation: (prompt, phrases of the admissible actions).
 
-    Our own environments carry their named state, which prompts.py renders (section 4.4). Anyone
-    else's carry info["prompt"] and info["actions"]. With info["admissible"] as well, phrase k
-    stands for the action info["admissible"][k], otherwise for the action k. Raises ScoringError.
+    Our own environments carry their named state, which prompts.py renders (section 4.4): it gives
+    a phrase for each action, of which the admissible ones are taken here. Anyone else's carry
+    info["prompt"] and info["actions"], the phrases of the admissible actions alone; a prompt wins
+    over a state. With info["admissible"] as well, phrase k stands for the action
+    info["admissible"][k], otherwise for the action k. Raises ScoringError.
     """
     if "prompt" not in info and "state" in info:
         prompt, phrases = prompt_design.render(info["state"])
@@ -261,7 +266,7 @@ class Agent:
         self.normalization = normalization
         self.scores = {}  # item -> log pi, while the policy stands still
         hidden = self.last_hidden("a").numel()
-        # The base never changes, so a prompt's feature is remembered for good: an update of the
+        # The base never changes, so a prompt's feature stays right for good: an update of the
         # critic is an update of a small MLP, without a pass through the LLM.
         self.feature = functools.lru_cache(self.FEATURE_BYTES // (4 * hidden))(self.last_hidden)
         # H -> 1024 -> 512 -> 1, ReLU, no biases: published scripts.
@@ -356,7 +361,8 @@ def seed_everything(seed, threads=None):
 def make_world(config):
     """Return the maker of the environments that a command.Config names.
 
-    "overcooked" and "virtualhome" are ours; MODULE:CLASS is anyone's (engine/worlds.py).
+    "overcooked" and "virtualhome" are ours; MODULE:CLASS is anyone's (engine/worlds.py), which
+    is not told gamma: if its actions last several steps, give it the same one in --env-args.
     """
     if ":" in config.env:
         return worlds.make_world(config.env, worlds.read_arguments(config.env_args))
@@ -398,20 +404,20 @@ def train(config, run, agent, make_env, which="last"):
     if run.resumed:
         run.restore(agent, trainer, which)
     report = watch.Report(config, run, trainer, make_env)
-    report.begin(agent)
-    with report, runs.Signals(quiet=trainer.rank > 0) as signals:
-        while trainer.updates < trainer.total_updates:
-            metrics = trainer.iterate()  # rollout, advantages, update: ppo.py
-            report.log(metrics)
-            # A signal may reach one process alone, but all must stop at the same update.
-            stop = max(processes.gather(signals.exit_code))
-            done = trainer.updates == trainer.total_updates
-            if trainer.updates % config.checkpoint_every == 0 or done or stop:
-                report.checkpoint(agent)
-            if stop:
-                return report.stopped(stop)
-    processes.leave()
-    return report.finish(agent)
+    with runs.Signals(quiet=trainer.rank > 0) as signals:
+        report.begin(agent)
+        with report:
+            while trainer.updates < trainer.total_updates:
+                report.log(trainer.iterate())  # rollout, advantages, update: ppo.PPO
+                # A signal may reach one process alone, but all must stop at the same update.
+                stop = max(processes.gather(signals.exit_code))
+                done = trainer.updates == trainer.total_updates
+                if trainer.updates % config.checkpoint_every == 0 or done or stop:
+                    report.checkpoint(agent)
+                if stop:
+                    return report.stopped(stop)
+        processes.leave()
+        return report.finish(agent)
 
 
 def evaluate(config, options, agent):
@@ -421,8 +427,10 @@ def evaluate(config, options, agent):
     """
     results = {}
     for env, task in options.tasks or [(config.env, config.task)]:
-        gamma = command.preset("pocket", env, task).get("gamma", config.gamma)
-        played = dataclasses.replace(config, env=env, task=task, gamma=gamma)
+        # Discount another task's return as its own preset does, and the run's own as it learnt.
+        usual = {"gamma": config.gamma}
+        usual |= command.preset("pocket", env, task) if options.tasks else {}
+        played = dataclasses.replace(config, env=env, task=task, gamma=usual["gamma"])
         make_env = make_world(played)
         with agent.untrained():
             measured = {"untrained": command.measure(make_env, agent, played, options.greedy)}

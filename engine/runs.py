@@ -453,4 +453,4 @@ class Signals(contextlib.ExitStack):
             os._exit(128 + number)
         self.exit_code = 128 + number
         if not self.quiet:
-            tell("\nfinishing this update, then a checkpoint; again to stop at once")
+            tell("\nfinishing this update or evaluation; again to stop at once")
