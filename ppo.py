@@ -28,7 +28,8 @@ This file imports nothing of the project and knows no language model. An agent i
 Our deliberate differences from the published code: a time limit is a truncation, not an end; the
 advantages are normalised over the whole rollout, with a floor under their deviation; policy and
 critic have gradient norms of their own; the bound on the KL is checked before a step, not after it;
-nothing is learnt from a rollout whose advantages are all zero.
+gamma is the same inside a macro-action and after it; a rollout whose advantages are all zero leaves
+the policy alone, entropy bonus included.
 """
 import dataclasses
 
@@ -65,8 +66,8 @@ def gae(rewards, values, next_values, discounts, terminated, ended, gae_lambda):
 def normalize_advantages(advantages, floor=0.02):
     """Zero mean and unit variance over the whole rollout, with a floor under the deviation.
 
-    The floor is our choice. Before the first reward, advantages are the noise of a fresh critic;
-    scaled up to unit variance, this noise drives the policy to a single action.
+    The floor and its size are our choice. Before the first reward, the advantages of a critic with
+    random weights are noise; scaled up to unit variance, it drives the policy to a single action.
     """
     deviation = advantages.std(unbiased=False).clamp_min(floor)
     return (advantages - advantages.mean()) / deviation
@@ -112,7 +113,11 @@ class PPOError(ValueError):
 
 @dataclasses.dataclass
 class Config:
-    """What PPO needs to know. The defaults suit the embedded LLM; presets set their own."""
+    """What PPO needs to know. Presets set their own; their sources are in engine/presets.json.
+
+    Published scripts: rollout_steps, gamma (of Overcooked), gae_lambda, clip, value_coefficient,
+    max_grad_norm and target_kl. The other defaults are our choice, tuned for the embedded LLM.
+    """
 
     steps: int = 12_800  # macro-actions in all, over all environments
     num_envs: int = 8  # N, environments side by side
@@ -192,7 +197,7 @@ class Rollout:
 
 
 class PPO:
-    """An agent in training.
+    """Train an agent in N environments; each call of `iterate` is one rollout and one update.
 
     `make_env()` returns a fresh environment with Gymnasium's reset and step. Its info may carry
     "admissible" (action indices), "duration" (primitive steps of the last action; 1 if absent)
@@ -206,6 +211,7 @@ class PPO:
         self.agent = agent
         self.config = config
         self.envs, self.rngs, self.now = begin(make_env, config.num_envs, seed)
+        # A key that begin() gives to no environment: theirs are [seed, n].
         self.shuffle = np.random.default_rng([seed, config.num_envs, 1])
         # Two optimisers, because policy and critic have their own rates; eps 1e-5 (published
         # scripts). Fused does the same in one kernel, which takes a third of the time.
@@ -315,11 +321,12 @@ class PPO:
             if improving:
                 self.step(self.policy_optimizer)
                 self.agent.policy_changed()
+        # Clear the gradient of a step that was not taken.
         self.policy_optimizer.zero_grad(set_to_none=True)
         return means(rows, ("policy_loss", "value_loss", "kl"))
 
     def critic_step(self, rollout, returns, batch):
-        """One step of the critic, an MLP over a frozen LLM: no gradient enters the LLM."""
+        """Take one step of the critic. The agent lets its gradients reach the critic alone."""
         values = self.agent.values([rollout.items[i] for i in batch]).cpu()  # [B]
         old_values = rollout.values.take(batch)
         loss = value_loss(values, old_values, returns.take(batch), self.config.clip).mean()
@@ -328,7 +335,9 @@ class PPO:
         return {"value_loss": loss.item()}
 
     def policy_gradient(self, rollout, advantages, batch):
-        """Leave the gradient of the clipped surrogate minus the entropy bonus in the policy.
+        """Add the gradient of the clipped surrogate, minus the entropy bonus, to the policy's own.
+
+        Returns the policy loss and the KL (nats), summed over `batch`, divided by a minibatch.
 
         A subclass may call this with parts of a minibatch, to save memory. So divide by the size
         of a whole one: then gradients and measures of the parts add up to those of the whole.
@@ -336,7 +345,7 @@ class PPO:
         size = self.config.minibatch
         # Pad with -1e9, which is 0 in probability. The losses are a few numbers: use the CPU.
         log_pi = self.agent.log_probs([rollout.items[i] for i in batch])
-        log_pi = pad_sequence(log_pi, True, padding_value=-1e9).cpu()  # [B, A]
+        log_pi = pad_sequence(log_pi, batch_first=True, padding_value=-1e9).cpu()  # [B, A]
         choices = rollout.choices.take(batch)
         new = log_pi.gather(1, choices[:, None])[:, 0]  # [B]
         old = rollout.log_probs.take(batch)  # [B]
@@ -367,7 +376,7 @@ def means(rows, names):
 
 
 class Episodes:
-    """Returns and successes of the last hundred episodes, in the order in which they began.
+    """Returns and successes of the last hundred episodes (our choice), in the order they began.
 
     An episode counts once all that began before it have ended (our choice). Otherwise the first
     points of a curve would hold only the episodes that end early, and these are mostly successes.
@@ -397,7 +406,7 @@ class Episodes:
         self.primitive_steps += int(rollout.durations.sum())
 
     def means(self):
-        """Return counts and means; NaN before the first episode has ended."""
+        """Return counts and means, and forget older episodes; NaN before the first has ended."""
         first = self.began.min()  # the oldest one that still goes on
         counted = sorted(row for row in self.ended if row[0] < first)[-100:]
         self.ended = counted + [row for row in self.ended if row[0] > first]
@@ -425,7 +434,7 @@ def evaluate(make_env, agent, episodes, seed, gamma, greedy=False, report=None):
     while alive:
         policies = agent.log_probs([agent.describe(*now[n]) for n in alive])
         for n, log_pi in zip(list(alive), policies, strict=True):
-            choice = sample(log_pi, rngs[n])  # which refuses numbers that are not finite
+            choice = sample(log_pi, rngs[n])  # if greedy too: it refuses what is not finite
             if greedy:
                 choice = int(log_pi.argmax())
             obs, reward, done, cut, info = act(envs[n], now[n][1], choice)

@@ -4,7 +4,7 @@ TWOSOME, arXiv 2401.14151. The LLM scores each phrase as the continuation of the
 wording is part of the method.
 
     render(state)           info["state"] of envs.py -> (prompt, phrases), one phrase an action
-    lint(prompt, phrases)   the same rules as a check for your own texts: a list of violations
+    lint(prompt, phrases)   what one text shows of these rules: a list of violations
 
 The paper's four principles, each named again where it acts:
 
@@ -18,8 +18,8 @@ The paper's four principles, each named again where it acts:
 
 Two rules are ours and not the paper's:
 
-    Verbs. Phrases that would differ in one noun only begin with different verbs. With one verb
-           for every walk, an untrained LLM solves far fewer tasks.
+    Verbs. If two phrases would differ in a single noun, they begin with different verbs. The
+           variant one-verb of experiments/claims.py measures what this rule is worth.
     Seam.  Exactly one space joins prompt and phrase, and it belongs to the phrase: the prompt
            never ends in a space. Another space there would change the tokens.
 

@@ -48,14 +48,16 @@ from engine.trainer import Trainer
 
 # -----------------------------------------------------------------------------
 # Section 4.1: the probability of an action is the joint probability of its phrase's tokens.
-# Axes: B prompts, A admissible actions, T tokens of the longest phrase, S tokens, V vocabulary.
+# Axes: B prompts, A admissible actions, T tokens of the longest phrase, S tokens of a sequence,
+# V vocabulary, H hidden size.
 
 
 def encode(tokenizer, texts):
     """Return the token ids of each text, behind the tokenizer's own opening tokens (BOS).
 
     A text is only text: "</s>" in it is four characters and no control token. A closing token
-    (EOS) is left out, because the phrase goes on where the prompt stops.
+    (EOS) is left out, because the phrase goes on where the prompt stops. Raises trie.ScoringError
+    if the tokenizer makes a control token of a text all the same.
     """
     opening = tokenizer("")["input_ids"]
     if opening and opening[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id:
@@ -68,7 +70,8 @@ def encode(tokenizer, texts):
     return [opening + row for row in rows]
 
 
-@functools.lru_cache(maxsize=16_384)  # a prompt that is met again is not cut into tokens again
+# Our choice: remember 16,384 prompts, so that one which is met again is not cut again.
+@functools.lru_cache(maxsize=16_384)
 def tokenize(tokenizer, prompt, phrases):
     """Cut a prompt and its phrases (a tuple) into tokens: (prompt_ids, tails, seams).
 
@@ -76,7 +79,7 @@ def tokenize(tokenizer, prompt, phrases):
     prompt's own tokens end: the space belongs to the phrase's first token. tails[k] holds the
     ids of phrase k behind prompt_ids. Some tokenizers merge a phrase with the prompt's end. Then
     the cut moves left for all phrases, so that all have one common past, and seams[k] counts the
-    tokens of tails[k] that are still the prompt's own; it is 0 otherwise.
+    tokens of tails[k] that are still the prompt's own; it is 0 otherwise. Raises trie.ScoringError.
     """
     check_text(prompt, phrases)
     # Encode whole texts, never a phrase by itself: how a tokenizer cuts a word depends on what
@@ -135,8 +138,8 @@ def score_actions_naive(model, tokenizer, prompts, phrases, normalization="word"
             ids = torch.tensor([prompt_ids + tail], device=model.device)  # [1, S]
             logits = model(input_ids=ids, use_cache=False).logits[0]  # [S, V]
             # The logits at position i predict the token at position i + 1.
-            log_probs = logits.float().log_softmax(-1)[len(prompt_ids) - 1:-1]  # [T, V]
-            rows.append(log_probs.gather(1, ids[0, len(prompt_ids):, None])[:, 0])  # [T]
+            over_vocabulary = logits.float().log_softmax(-1)[len(prompt_ids) - 1:-1]  # [T, V]
+            rows.append(over_vocabulary.gather(1, ids[0, len(prompt_ids):, None])[:, 0])  # [T]
         log_probs = pad_sequence(rows, batch_first=True)  # [A, T]
         policies.append(policy(log_probs, tails, seams, actions, normalization))
     return policies
@@ -230,7 +233,8 @@ def observation_text(info):
     """
     if "prompt" not in info and "state" in info:
         prompt, phrases = prompt_design.render(info["state"])
-        return prompt, tuple(phrases[k] for k in info["admissible"]) or tuple(phrases)
+        # An empty mask means that every action may be chosen (envs.py).
+        return prompt, tuple(phrases[k] for k in info["admissible"] or range(len(phrases)))
     for name in ("prompt", "actions"):
         if name not in info:
             raise trie.ScoringError(f'the environment\'s info lacks "{name}"; it must hold the'
@@ -241,9 +245,9 @@ def observation_text(info):
         raise trie.ScoringError(f'info["actions"] is {actions!r:.60}; it must be a list of texts')
     actions = tuple(actions)
     check_text(info["prompt"], actions)
-    if admissible is not None and len(admissible) not in (0, len(actions)):
+    if admissible is not None and np.shape(admissible) not in ((0,), (len(actions),)):
         raise trie.ScoringError(f'info["actions"] has {len(actions)} phrases, but info'
-                                f'["admissible"] has {len(admissible)} actions; phrase k stands'
+                                f'["admissible"] is {admissible!r:.60}; phrase k stands'
                                 " for the action admissible[k], so give as many")
     return info["prompt"], actions
 
@@ -252,11 +256,12 @@ class Agent:
     """Actor: frozen LLM + LoRA. Critic: the same frozen LLM, adapter off, and an MLP on top.
 
     model, tokenizer: a causal LM and its tokenizer (models.load); normalization: section 4.2.
-    LoRA of rank 8, alpha 16, no dropout, on the q and v projections: published scripts. It has
-    the methods that ppo.py asks of an agent; an item is (prompt, phrases).
+    LoRA of rank 8, alpha 16, no dropout, on the q and v projections: published scripts. An Agent
+    has the methods that ppo.py asks for; an item is (prompt, phrases).
     """
 
-    FEATURE_BYTES = 64 * 2**20  # our choice: keep at most so much, drop what is not asked for
+    # Our choice: keep at most 64 MiB of features, and drop those not asked for the longest.
+    FEATURE_BYTES = 64 * 2**20
 
     def __init__(self, model, tokenizer, normalization="word", lora_rank=8, lora_alpha=16,
                  lora_targets=""):
@@ -265,6 +270,7 @@ class Agent:
         self.tokenizer = tokenizer
         self.normalization = normalization
         self.scores = {}  # item -> log pi, while the policy stands still
+        # Ask the model itself for H, because configurations name it differently.
         hidden = self.last_hidden("a").numel()
         # The base never changes, so a prompt's feature stays right for good: an update of the
         # critic is an update of a small MLP, without a pass through the LLM.
@@ -307,9 +313,9 @@ class Agent:
     def untrained(self):
         """Within it, the adapter is off: the policy is the prompted LLM's own."""
         self.policy_changed()
-        with self.model.disable_adapter():
+        with self.model.disable_adapter(), contextlib.ExitStack() as stack:
+            stack.callback(self.policy_changed)  # after an error, too
             yield self
-        self.policy_changed()
 
     @torch.no_grad()
     def last_hidden(self, prompt):
@@ -350,7 +356,7 @@ class Agent:
 
 
 def seed_everything(seed, threads=None):
-    """Seed every generator, and use so many threads (None: leave them). Call it first of all."""
+    """Seed every generator; with `threads`, also set PyTorch's number. Call it before building."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -380,8 +386,9 @@ def build(config):
     make_env()
     seed_everything(config.seed)
     model, tokenizer = models.load(config.model, config.dtype, config.device, config.load_in)
-    if model.num_parameters() < 2e7 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # a second one gives nothing, and must not change the bits
+    # Our choice: one thread for a small model. More gain nothing, and would change the last bits.
+    if model.num_parameters() < models.LARGE and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
     agent = Agent(model, tokenizer, config.norm, config.lora_rank, config.lora_alpha,
                   config.lora_targets)
     return agent, make_env
@@ -389,8 +396,7 @@ def build(config):
 
 def load(folder, which="last", env=""):
     """Return (agent, make_env) of a run's checkpoint. A world of your own is named again in env."""
-    config = command.config_of(folder, {"env": env} if env else {})
-    agent, make_env = build(config)
+    agent, make_env = build(command.config_of(folder, {"env": env} if env else {}))
     runs.load_agent(folder, agent, which)
     return agent, make_env
 
@@ -421,16 +427,16 @@ def train(config, run, agent, make_env, which="last"):
 
 
 def evaluate(config, options, agent):
-    """Play episodes of each task, the untrained LLM's beside a run's. Returns the exit code.
+    """Play episodes of each task: the untrained LLM, and a run's agent if one is given.
 
-    A task that the agent was not trained on tells how far it generalises.
+    Returns the exit code. A task that the agent was not trained on tells how far it generalises.
     """
     results = {}
     for env, task in options.tasks or [(config.env, config.task)]:
         # Discount another task's return as its own preset does, and the run's own as it learnt.
-        usual = {"gamma": config.gamma}
-        usual |= command.preset("pocket", env, task) if options.tasks else {}
-        played = dataclasses.replace(config, env=env, task=task, gamma=usual["gamma"])
+        usual = command.preset("pocket", env, task) if options.tasks else vars(config)
+        gamma = usual.get("gamma", config.gamma)
+        played = dataclasses.replace(config, env=env, task=task, gamma=gamma)
         make_env = make_world(played)
         with agent.untrained():
             measured = {"untrained": command.measure(make_env, agent, played, options.greedy)}
@@ -448,7 +454,7 @@ def evaluate(config, options, agent):
 
 
 def token_table(agent, prompt, phrases):
-    """Return the rows of --tokens: what the tokenizer and the model make of phrases."""
+    """Return a row for each phrase: (phrase, log P, pi by each normalisation, its tokens)."""
     prompt_ids, tails, seams = tokenize(agent.tokenizer, prompt, tuple(phrases))
     with torch.no_grad():
         log_probs, = trie.token_log_probs(agent.model, [(prompt_ids, tails)])
@@ -491,12 +497,13 @@ def dispatch(argv, gate):
 
 def main(argv=None):
     """Run the command: exit code 0, 1 (the machine failed), 2 (bad input) or 128 + a signal."""
-    with contextlib.suppress(ValueError):  # outside the main thread there is nothing to restore
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     with command.gate() as gate:
         gate.code = dispatch(argv, gate)
     return gate.code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    exit_code = main()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is left that Ctrl-C could spoil
+    sys.exit(exit_code)

@@ -20,7 +20,7 @@ import ppo
 import prompts
 from engine import models, processes, runs, trainer, trie, worlds
 
-EVALUATION_SEED = 1_000_000  # fixed, and far from every training seed
+EVALUATION_SEED = 1_000_000  # our choice: fixed, and far from the seeds that people train with
 # Bad input: exit code 2. What else goes wrong is the machine's fault (1), or a bug (a traceback).
 BAD_INPUT = (ppo.PPOError, envs.EnvError, prompts.PromptError, trie.ScoringError,
              models.ModelError, runs.RunError, worlds.WorldError, processes.ProcessError)
@@ -148,7 +148,7 @@ def parse(argv):
     if not 0 <= typed.get("delay", 0) <= 60:
         raise ppo.PPOError(f"delay is {options.delay}; it must be between 0 and 60 seconds")
     options.which, options.tasks = typed.get("from", "last"), []
-    options.prompt = typed.get("prompt", "Your next step is to")
+    options.prompt = typed.get("prompt", prompts.CUE)
     options.folder = options.eval or options.watch or ""
     given = {name: typed[name] for name in typed if name == "preset" or hasattr(Config, name)}
     if options.resume:
@@ -268,8 +268,7 @@ def measure(make_env, agent, config, greedy=False):
 
 def evaluation_line(name, result, best=None):
     """Return one line of an evaluation's table."""
-    low, high = result["return_interval"]
-    bottom, top = result["success_interval"]
+    (low, high), (bottom, top) = result["return_interval"], result["success_interval"]
     known_best = f"{best:.4f}" if best is not None else "unknown"
     return (f"{name:26} return {result['return']:7.4f} ({low:.4f} to {high:.4f}; best {known_best})"
             f"  success {result['success']:6.1%} ({bottom:.1%} to {top:.1%})")
@@ -310,7 +309,7 @@ def explained(error):
     """Return (text, exit code) of an exception. A bug is raised again and keeps its traceback."""
     if isinstance(error, BAD_INPUT):
         return str(error), 2
-    # A CPU has no class of errors for it, but says so in words.
+    # PyTorch has no class of errors for a CPU that runs out of memory; its message tells.
     if "allocate memory" in str(error) or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return "memory ran out; raise --gradient-accumulation, or try --dtype bfloat16", 1
     if isinstance(error, (OSError, FloatingPointError, processes.ProcessLost)):

@@ -27,8 +27,8 @@ from huggingface_hub import HfApi, snapshot_download
 
 from engine.trie import token_log_probs, unwrapped
 
-# Section 4.3 and published scripts: LoRA on the query and value projections. Our choice: the fused
-# projection where an architecture has one. The first row that the text model holds whole is taken.
+# Published scripts: LoRA on the query and value projections. Our choice: the fused projection where
+# an architecture has one. The first row whose layers the text model all has is taken.
 LORA_TARGETS = ("q_proj,v_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv")
 # Whether this processor multiplies bfloat16 itself. Others emulate it, which is slow.
 NATIVE = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
@@ -180,7 +180,7 @@ def check(model, tokenizer):
     rows = model.get_input_embeddings().num_embeddings
     # No text contains special tokens. A GGUF file's tokenizer may add one that the model lacks.
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    highest = max({*tokenizer.get_vocab().values()} - special, default=-1)
+    highest = max({*tokenizer.get_vocab().values(), *tokenizer.encode("a")} - special, default=-1)
     if not 0 <= highest < rows:
         raise ModelError(f"its tokenizer has ids up to {highest}, but its embedding {rows} rows")
     ids = torch.arange(2, 10, device=model.device)[None].repeat(2, 1) % rows

@@ -11,7 +11,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-RENDEZVOUS = 60  # seconds that processes wait for each other at the start, then give up
+RENDEZVOUS = 60  # our choice: seconds that processes wait for each other at the start
 PATIENCE = datetime.timedelta(hours=6)  # the longest wait later: the first process evaluates alone
 
 

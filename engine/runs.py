@@ -4,6 +4,10 @@ Without this file a run would learn the same, but whatever stops it would cost a
 
     RUN/config.json              the settings and the number of this format, written once
     RUN/metrics.csv              one row an update, appended
+    RUN/baseline.json            the random policy's return and the best possible one
+    RUN/curve.png, summary.json  the curves so far, and the evaluation at the end
+    RUN/evaluation.json          what --eval measured
+    RUN/events.out.tfevents.0    tensorboard's log, where that is installed; appended
     RUN/lock                     held by the one process that writes
     RUN/checkpoint-UPDATE/       the last two are kept; each holds
         adapter_config.json, adapter_model.safetensors    the adapter, in peft's own format
@@ -132,9 +136,10 @@ def fill(kind, values):
 def write_bytes(path, data):
     """Write a file whole or not at all. A link of this name is replaced and not followed."""
     hidden = os.path.join(os.path.dirname(path), f".tmp-{os.path.basename(path)}")
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(hidden)
-    with open(hidden, "xb") as file:
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{path} is a directory")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+    with open(os.open(hidden, flags, 0o666), "wb") as file:
         file.write(data)
     os.replace(hidden, path)
 
@@ -383,8 +388,8 @@ class Run:
     def restore(self, agent, trainer, which="last"):
         """Load a checkpoint into agent and trainer, and metrics.csv as it was then.
 
-        Returns its update, 0 where the run was killed before its first checkpoint: nothing is
-        lost then but what a new beginning computes again. Raises RunError.
+        Returns its update. It is 0 if the run was killed before its first checkpoint: then start
+        again from the beginning, and nothing else was lost. Raises RunError.
         """
         self.kept = checkpoints(self.folder)
         if which == "last" and not self.kept:

@@ -9,8 +9,8 @@
 
 With one process and gradient_accumulation 1 it computes exactly what ppo.PPO computes. Several
 processes step a share of the environments each and compute a share of the distinct items of each
-minibatch. Everything else, the critic's steps included, each of them does alike: sending the
-gradient of a small MLP takes longer than computing it.
+minibatch. Every process does everything else alike, the critic's steps included, because sending
+the gradient of a small MLP takes longer than computing it.
 """
 import dataclasses
 import sys

@@ -4,8 +4,8 @@
     draw_curve, compare   the curves of one run, and of several over each other
     show                  an episode in the terminal, as plain text or as an animated picture
 
-Terminal, plain text and picture show the same screens, which are lists of lines of text. INKS gives
-some of their characters a colour, when they leave; what others wrote is escaped before that.
+Terminal, plain text and picture show the same screens, which are lists of text. INKS colours some
+of their characters. Text that others wrote is escaped before that.
 """
 import contextlib
 import functools
@@ -148,8 +148,8 @@ class Report(contextlib.ExitStack):
 def random_walk(env, agent, gamma):
     """Return the items that a random policy meets, and {"return", "success"}: its means.
 
-    From the items is told what training will take. Our choice: 5,000 steps, and 500 in a world
-    of somebody's own, which may be slow.
+    models.preflight tells from the items what training will take. Our choice: 5,000 steps, and 500
+    in a world of somebody's own, which may be slow.
     """
     rng, items, ended, total, steps = np.random.default_rng(0), {}, [], 0.0, 0
     obs, info = env.reset(seed=0)

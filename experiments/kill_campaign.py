@@ -25,7 +25,7 @@ import threading
 import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-TIMES = ("seconds", "cpu_seconds", "steps_per_second")
+TIMES = ("seconds", "cpu_seconds")
 RUN = ["--env", "overcooked", "--num-envs", "4", "--rollout-steps", "16", "--minibatch", "32",
        "--steps", "1280", "--checkpoint-every", "3", "--episodes", "10"]
 PRELOAD = ["twosome", "tqdm", "matplotlib.figure", "transformers.models.llama.modeling_llama"]
@@ -46,7 +46,9 @@ def main_of(argv, output, limit):
     import twosome
     tqdm.tqdm.set_lock(threading.RLock())  # its own outlives a kill, with a warning at the end
     torch.set_num_threads(1)  # the number of threads may change last bits
-    sys.exit(twosome.main(argv))
+    code = twosome.main(argv)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.exit(code)
 
 
 class Process:

@@ -13,7 +13,7 @@ from engine import command, models, runs
 ROOT = os.path.dirname(os.path.abspath(twosome.__file__))
 EXPERIMENTS = os.path.join("experiments", "README.md")
 BOTH = ("README.md", EXPERIMENTS)
-OF_A_RUN = {"config.json", "metrics.csv", "curve.png", "summary.json"}
+OF_A_RUN = {"config.json", "baseline.json", "metrics.csv", "curve.png", "summary.json"}
 SHORT = "--steps 256 --num-envs 2 --rollout-steps 32 --episodes 4".split()
 NAME = "runs/tomato-salad-seed1"  # the run of the README's first command
 

@@ -295,7 +295,8 @@ def test_a_mistake_of_the_world_is_one_line(line, monkeypatch):
     ({"prompt": "To", "actions": "go"}, "list of"), ({"prompt": "To", "actions": b"go"}, "list of"),
     ({"prompt": "To", "actions": [b"go"]}, "no text"), ({"prompt": "To", "actions": []}, "no act"),
     ({"prompt": b"To", "actions": ["go"]}, "no text"), ({"prompt": "To", "actions": 5}, "list"),
-    ({"prompt": "To", "actions": ["go"], "admissible": [1, 2]}, "2 actions"),
+    ({"prompt": "To", "actions": ["go"], "admissible": [1, 2]}, "is \\[1, 2\\]"),
+    ({"prompt": "To", "actions": ["go"], "admissible": 3}, "is 3"),
     ({"prompt": "To", "actions": ["go "]}, "stray space")])
 def test_texts_that_cannot_be_scored_are_one_line_for_every_world(info, line):
     with pytest.raises(ValueError, match=line) as caught:
