@@ -89,8 +89,6 @@ def learn_job(options, model, norm, task, seed, variant="", change="", **flags):
     arguments["episodes"] = options.episodes or 100
     if variant:
         arguments |= {"variant": variant, "change": change, "flags": flags}
-    elif norm == "word":
-        minutes += len(EVERY) * PLAY[model]
     name = f"learn-{model}-{norm}-{task}-{seed}" + (f"-{variant}" if variant else "")
     return Job(name, "learn", arguments, minutes)
 
@@ -136,6 +134,16 @@ def learning_jobs(options):
               for seed in options.seeds for task in options.tasks]
     return found + [untrained_job(options, model, "word", task) for model in options.models
                     for task in (options.tasks if options.quick else EVERY)]
+
+
+def transfer_jobs(options):
+    """Every trained agent on every task that it never saw."""
+    found = []
+    for model, seed, task in itertools.product(options.models, options.seeds, options.tasks):
+        learned = learn_job(options, model, "word", task, seed)
+        found.append(Job(f"transfer-{model}-{task}-{seed}", "transfer",
+                         {**learned.arguments, "run": learned.name}, len(EVERY) * PLAY[model]))
+    return found
 
 
 def normalisation_jobs(options):
@@ -256,7 +264,8 @@ def retention_jobs(options):
     return found
 
 
-GROUPS = {"learning": learning_jobs, "normalisation": normalisation_jobs,
+GROUPS = {"learning": learning_jobs, "transfer": transfer_jobs,
+          "normalisation": normalisation_jobs,
           "baselines": baseline_jobs, "saycan": saycan_jobs, "mask": mask_jobs,
           "retention": retention_jobs, "prompts": prompt_jobs, "ablations": ablation_jobs,
           "tuning": tuning_jobs}
@@ -273,22 +282,27 @@ def table_of_jobs(options):
 
 
 def learn(job, folder):
-    """Train by the README's command, or go on with it; then play the tasks it never saw."""
+    """Train by the README's command, or go on with it."""
     facts = trained(job, folder)
     facts["settings"] = read_json(os.path.join(folder, "config.json"))
     for name in ("out", "model"):  # folders of this machine; the job names the model
         facts["settings"].pop(name)
     facts["summary"] = read_json(os.path.join(folder, "summary.json"))
     facts["curve"] = read_curve(os.path.join(folder, "metrics.csv"))
-    if "variant" in job or job["norm"] != "word":
-        return facts
+    return facts
+
+
+def transfer(job, folder):
+    """Play the tasks that a trained agent never saw."""
+    run = os.path.join(os.path.dirname(folder), job["run"])
+    facts = trained(job, run)
     import twosome
-    agent, _ = twosome.load(folder)
+    agent, _ = twosome.load(run)
     for task, env in EVERY.items():
         if task not in (job["task"], *facts["transfer"]):
             facts["transfer"][task] = play(agent, env, task, job["episodes"])
-            write_json(os.path.join(folder, "claims.json"), facts)
-    return facts
+            write_json(os.path.join(run, "claims.json"), facts)
+    return {"transfer": facts["transfer"]}
 
 
 def trained(job, folder):
@@ -407,8 +421,9 @@ def retention(job, folder):
     return keeping.measure(run, job.get("tokens"))
 
 
-KINDS = {"learn": learn, "untrained": untrained, "random": random, "ppo": ppo_alone,
-         "saycan": saycan, "prior": prior, "reworded": reworded, "retention": retention}
+KINDS = {"learn": learn, "transfer": transfer, "untrained": untrained, "random": random,
+         "ppo": ppo_alone, "saycan": saycan, "prior": prior, "reworded": reworded,
+         "retention": retention}
 
 
 def work(text, options):
@@ -478,10 +493,17 @@ def read_record(path, job=None):
 
 
 def records(options):
-    """Return every stored record, in the order of their names."""
+    """Return every stored record, in the order of their names.
+
+    What a run did on unseen tasks joins the record of the run.
+    """
     folder = os.path.join(options.out, "runs")
     names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    return [read_record(os.path.join(folder, name)) for name in names if name.endswith(".json")]
+    found = [read_record(os.path.join(folder, name)) for name in names if name.endswith(".json")]
+    runs = {record["name"]: record for record in found}
+    for record in select(found, "transfer"):
+        runs.get(record["arguments"]["run"], {})["transfer"] = record["transfer"]
+    return found
 
 
 # -----------------------------------------------------------------------------
@@ -782,11 +804,18 @@ def transfer_table(found, model):
 
 def elsewhere(runs, task):
     """Return a cell: the runs' return on a task, with its interval over seeds, and success."""
-    if not runs:
+    found = results_on(runs, task)
+    if not found:
         return "-"
-    found = [run["transfer"].get(task) or run["summary"] for run in runs]
     success = np.mean([result["success"] for result in found])
     return f"{plus_minus([result['return'] for result in found])} ({success:.0%})"
+
+
+def results_on(runs, task):
+    """Return what runs did on their own task, or on one that they never saw, where it is known."""
+    found = [run["summary"] if run["arguments"]["task"] == task else run["transfer"].get(task)
+             for run in runs]
+    return [result for result in found if result]
 
 
 def efficiency_table(found, model):
@@ -1105,9 +1134,10 @@ def generalises(found, model):
     """Judge each task's agents on every task they never saw: no worse than the untrained LLM."""
     judged = []
     for source, task in itertools.product(TASKS, EVERY):
-        runs, bare = learned(found, model, source), untrained_result(found, model, task)
-        if runs and bare and source != task:
-            mean = np.mean([run["transfer"][task]["return"] for run in runs])
+        bare = untrained_result(found, model, task)
+        results = results_on(learned(found, model, source), task)
+        if results and bare and source != task:
+            mean = np.mean([result["return"] for result in results])
             judged.append((f"{source} on {task}", mean >= bare["return"]))
     return count_of(judged)
 

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import time
+import types
 
 import numpy as np
 import pytest
@@ -166,7 +167,7 @@ def test_a_finished_run_leaves_one_small_file(campaign):
     assert record["curve"]["steps"] == [0, 256]
     assert record["summary"]["primitive_steps"] == 256
     assert 100 < record["peak_mib"] < 4000
-    assert {*record["transfer"]} == {*claims.EVERY} - {"food-preparation"}
+    assert record["transfer"] == {}
     assert record["settings"]["policy_lr"] == 2e-3
 
 
@@ -182,19 +183,31 @@ def test_what_is_stored_is_not_measured_again(campaign):
 def test_the_evaluations_elsewhere_go_on_where_they_were(campaign, tmp_path, monkeypatch):
     """A job that was killed among them plays only those that are left."""
     record = claims.read_record(str(next((campaign[0] / "out" / "runs").glob("learn-*.json"))))
-    kept = {name: record[name] for name in ("peak_mib", "transfer")}
-    del kept["transfer"]["laundry"]
-    claims.write_json(str(tmp_path / "claims.json"), kept)
-    for name in ("config.json", "summary.json"):
-        claims.write_json(str(tmp_path / name), {"out": "x", "model": "y"})
-    (tmp_path / "metrics.csv").write_text(f"{','.join(claims.CURVE)}\n" + ",".join("0" * 8) + "\n")
+    known = {task: {"return": 0.5} for task in claims.EVERY if task != "laundry"}
+    run = tmp_path / record["name"]
+    run.mkdir()
+    claims.write_json(str(run / "claims.json"), {"peak_mib": 1, "transfer": known})
+    claims.write_json(str(run / "summary.json"), {})
     asked = []
     monkeypatch.setattr(twosome, "load", lambda folder: ("the agent", None))
     monkeypatch.setattr(claims, "play", lambda *args: asked.append(args) or {"return": 1.0})
-    facts = claims.learn(record["arguments"], str(tmp_path))
+    job = {**record["arguments"], "run": record["name"]}
+    facts = claims.transfer(job, str(tmp_path / "transfer"))
     assert asked == [("the agent", "virtualhome", "laundry", 2)]
-    assert facts["transfer"]["laundry"] == {"return": 1.0}
-    assert facts["peak_mib"] == record["peak_mib"]
+    assert facts == {"transfer": {**known, "laundry": {"return": 1.0}}}
+
+
+def test_what_was_measured_on_unseen_tasks_joins_its_run(tmp_path):
+    options = types.SimpleNamespace(out=str(tmp_path))
+    for record in ({"name": "learn-a", "kind": "learn", "arguments": {"task": "cheese"},
+                    "transfer": {}, "summary": {"return": 1}},
+                   {"name": "transfer-a", "kind": "transfer", "arguments": {"run": "learn-a"},
+                    "transfer": {"laundry": {"return": 2}}}):
+        claims.write_json(claims.record_path(options, record["name"]), {"format": 1, **record})
+    runs = claims.select(claims.records(options), "learn")
+    assert claims.results_on(runs, "laundry") == [{"return": 2}]
+    assert claims.results_on(runs, "cheese") == [{"return": 1}]
+    assert claims.results_on(runs, "pizza") == []
 
 
 def test_a_job_that_fails_is_named_and_the_others_go_on(tmp_path, capfd, monkeypatch):
