@@ -443,7 +443,7 @@ def evaluate(config, options, agent):
         if options.folder:
             measured["trained"] = command.measure(make_env, agent, played, options.greedy)
         for name, result in measured.items():
-            command.say(command.evaluation_line(f"{task}, {name}", result))
+            command.say(command.evaluation_line(f"{task}, {name}", result, make_env().best_return))
         results[f"{env}/{task}"] = measured
     command.write_evaluation(config, options, results)
     return 0
