@@ -141,10 +141,10 @@ def parse(argv):
     modes = [name for name in ("resume", "eval", "watch", "compare", "tokens") if name in typed]
     if len(modes) > 1:
         raise ppo.PPOError(f"--{modes[0]} and --{modes[1]} are different commands; give one")
-    for flag, *needs in (("from", "resume"), ("prompt", "tokens"), ("delay", "watch"),
-                         ("gif", "watch"), ("greedy", "eval", "watch")):
-        if flag in typed and not {*modes} & {*needs}:
-            raise ppo.PPOError(f"--{flag} goes with --{' or --'.join(needs)}; give both")
+    for flag, *to in (("from", "resume"), ("prompt", "tokens"), ("delay", "watch"),
+                      ("gif", "watch"), ("greedy", "eval", "watch"), ("task", "eval", "watch", "")):
+        if flag in typed and not {*(modes or [""])} & {*to}:  # "" stands for training
+            raise ppo.PPOError(f"--{flag} goes with --{' or --'.join(filter(None, to))}")
     if not 0 <= typed.get("delay", 0) <= 60:
         raise ppo.PPOError(f"delay is {options.delay}; it must be between 0 and 60 seconds")
     options.which, options.tasks = typed.get("from", "last"), []

@@ -421,8 +421,8 @@ def test_every_preset_serves_every_task(preset, task):
 
 def test_the_model_chooses_the_preset():
     assert command.parse([])[0].policy_lr == 2e-3
-    assert command.parse(["--model", "smollm2"])[0].policy_lr == 3e-4
-    assert command.parse(["--model", "somebody/their-llm"])[0].policy_lr == 3e-4
+    assert command.parse(["--model", "smollm2"])[0].policy_lr == 5e-4
+    assert command.parse(["--model", "somebody/their-llm"])[0].policy_lr == 5e-4
     assert command.parse(["--model", "smollm2", "--preset", "paper"])[0].policy_lr == 5e-7
 
 
@@ -497,6 +497,7 @@ BAD = [
     ("--eval no/such/run --norm sum", "no/such/run"), ("--resume empty", "empty"),
     ("--eval --resume empty", "different commands"), ("--tokens a --watch", "different commands"),
     ("--from last", "--resume"), ("--prompt x", "--tokens"), ("--delay 1", "--watch"),
+    ("--tokens a b --task cheese", "--eval"), ("--compare x --task cheese", "--watch"),
     ("--gif x.gif", "--watch"), ("--greedy", "--eval"), ("--watch --delay -1", "between 0 and"),
     ("--tokens ' '", "empty"), ("--tokens 'go on' 'go on'", "same tokens"),
     ("--tokens go --prompt 'to '", "ends in"),
