@@ -321,6 +321,7 @@ def edit(path, rng, count=1):
 
 def attacked(argv, output, limit, folder, environment, traced):
     """Be `python twosome.py ARGV` in a folder and an environment; write down what is opened."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as while twosome.py imports
     os.chdir(folder)
     os.environ.update(environment)
     trace = os.open(traced, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -345,6 +346,7 @@ def run_case(case):
         more = case.folder, environment, traced
         process = kill_campaign.Process(argv, case.limit, attacked, more)
         ran.append((process, traced))
+    ran[0][0].until(lambda: os.path.exists(ran[0][1]))  # it has begun
     for moment, number in case.signals:
         time.sleep(max(0, moment - (time.perf_counter() - started)))
         ran[0][0].signal(number)
