@@ -8,6 +8,8 @@ run in examples/ was made by
 
     python twosome.py --env overcooked --model smollm2
     python experiments/ship.py runs/tomato-salad-smollm2-seed1 examples/tomato-salad-smollm2
+    python twosome.py --watch examples/tomato-salad-smollm2 --greedy \
+        --gif examples/tomato-salad-smollm2.gif
 """
 import os
 import shutil
@@ -25,14 +27,22 @@ def ship(run, folder):
     runs.read_config(run)
     inside = os.path.join(folder, os.path.basename(path))
     os.makedirs(inside)
-    for name in ("config.json", "baseline.json", "summary.json", "metrics.csv"):
+    for name in ("baseline.json", "summary.json", "metrics.csv"):
         shutil.copy(os.path.join(run, name), folder)
-    for name in ("adapter_config.json", "run_config.json", "state.json", "metrics.csv"):
+    for name in ("state.json", "metrics.csv"):
         shutil.copy(os.path.join(path, name), inside)
+    # Leave out where things were on the machine that trained it.
+    settings = {**runs.read_json(os.path.join(run, "config.json")), "out": ""}
+    adapter = runs.read_json(os.path.join(path, "adapter_config.json"))
+    adapter["base_model_name_or_path"] = settings["model"]
+    runs.write(os.path.join(folder, "config.json"), settings)
+    runs.write(os.path.join(inside, "run_config.json"), settings)
+    runs.write(os.path.join(inside, "adapter_config.json"), adapter)
     for name in ("adapter_model.safetensors", "critic.safetensors"):
         tensors = safetensors.torch.load_file(os.path.join(path, name))
         halves = {key: tensor.half() for key, tensor in tensors.items()}
-        safetensors.torch.save_file(halves, os.path.join(inside, name), {"format": "pt"})
+        data = safetensors.torch.save(halves, {"format": "pt"})
+        runs.write_bytes(os.path.join(inside, name), data)
     runs.write_bytes(os.path.join(inside, "SHA256SUMS"), runs.sums(inside).encode())
     return sum(os.path.getsize(os.path.join(where, name))
                for where, _, names in os.walk(folder) for name in names)
