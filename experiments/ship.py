@@ -1,4 +1,4 @@
-"""Make a finished run small, so that it can be given away: what --watch, --eval and --gif need.
+r"""Make a finished run small, so that it can be given away: what --watch, --eval and --gif need.
 
     python experiments/ship.py runs/NAME FOLDER
 
