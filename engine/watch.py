@@ -46,7 +46,7 @@ class Report(contextlib.ExitStack):
         super().__init__()
         self.config, self.run, self.trainer, self.make_env = config, run, learner, make_env
         self.best, self.first = getattr(make_env(), "best_return", None), learner.rank == 0
-        # The curve is drawn next when the run's seconds are due.
+        # When the curve is drawn next, in the run's seconds; 0 until a checkpoint is made here.
         self.clocks, self.due = (time.perf_counter(), time.process_time()), 0.0
 
     def spend(self):
@@ -124,7 +124,8 @@ class Report(contextlib.ExitStack):
         if not self.first:
             return 0
         folder, config = runs.quote(self.run.folder), self.config
-        if os.path.exists(self.run.path("summary.json")):
+        # A run that went on from before its end (--from) is evaluated again.
+        if os.path.exists(self.run.path("summary.json")) and not self.due:
             say(f"{folder} is finished: nothing is left to do")
         else:
             result = measure(self.make_env, agent, config)

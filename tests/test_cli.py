@@ -174,6 +174,16 @@ def test_a_finished_run_is_left_alone(finished, capfd):
     assert (rows(finished[0], leave_out=()), read_json(finished[0], "summary.json")) == before
 
 
+def test_a_finished_run_that_goes_on_from_before_its_end_is_evaluated_again(tmp_path):
+    folder = tmp_path / "run"
+    assert twosome.main([*SMALL, "--checkpoint-every", "1", "--out", str(folder)]) == 0
+    right = read_json(str(folder), "summary.json")
+    (folder / "summary.json").write_text("{}")
+    earlier = min(int(path.name[11:]) for path in folder.glob("checkpoint-*"))
+    assert twosome.main(["--resume", str(folder), "--from", str(earlier)]) == 0
+    assert read_json(str(folder), "summary.json")["return"] == right["return"]
+
+
 # -----------------------------------------------------------------------------
 # Interrupted, and gone on with.
 
