@@ -34,7 +34,8 @@ import signal
 import sys
 
 if __name__ == "__main__":
-    # The imports take seconds. Until they are done, Ctrl-C ends the program without a traceback.
+    # Let Ctrl-C end the program at once, without a traceback, while it imports or loads; while it
+    # trains, runs.Signals listens.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
@@ -486,6 +487,7 @@ def dispatch(argv, gate):
     if options.eval is not None:
         return evaluate(config, options, agent)
     if options.watch is not None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # give the terminal back first
         return watch.show(config, options, agent, make_env)
     # Only the first process makes the folder and holds its lock; the others follow it.
     if not gate.run and not rank:
@@ -503,7 +505,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    exit_code = main()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is left that Ctrl-C could spoil
-    sys.exit(exit_code)
+    sys.exit(main())

@@ -298,7 +298,7 @@ def gate():
         hint = f"; {held.run.hint()}" if held.run and held.code != 2 else ""
         runs.tell(f"twosome.py: {clean(who + text + hint)}")
         if trace := getattr(error, "traceback", ""):  # of somebody's own world: it is their code
-            runs.tell("\n".join(map(escape, trace.rstrip().split("\n"))))
+            runs.tell("\n".join(escape(line)[:500] for line in trace.rstrip().split("\n")))
     finally:
         if held.run:
             held.run.close()

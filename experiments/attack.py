@@ -321,7 +321,7 @@ def edit(path, rng, count=1):
 
 def attacked(argv, output, limit, folder, environment, traced):
     """Be `python twosome.py ARGV` in a folder and an environment; write down what is opened."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as while twosome.py imports
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as twosome.py does when it is started
     os.chdir(folder)
     os.environ.update(environment)
     trace = os.open(traced, os.O_WRONLY | os.O_APPEND | os.O_CREAT)

@@ -46,11 +46,8 @@ def main_of(argv, output, limit):
     import twosome
     tqdm.tqdm.set_lock(threading.RLock())  # its own outlives a kill, with a warning at the end
     torch.set_num_threads(1)  # the number of threads may change last bits
-    # These are the last lines of twosome.py.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    code = twosome.main(argv)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    sys.exit(code)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as twosome.py does when it is started
+    sys.exit(twosome.main(argv))
 
 
 class Process:
