@@ -296,7 +296,7 @@ def gate():
         text, held.code = explained(error)
         who = f"process {processes.place()[0]}: " if processes.place()[0] else ""
         hint = f"; {held.run.hint()}" if held.run and held.code != 2 else ""
-        runs.tell(f"twosome.py: {clean(who + text + hint)}")
+        runs.tell(clean(f"twosome.py: {who}{text}{hint}"))
         if trace := getattr(error, "traceback", ""):  # of somebody's own world: it is their code
             runs.tell("\n".join(escape(line)[:500] for line in trace.rstrip().split("\n")))
     finally:

@@ -106,14 +106,14 @@ def models(rng, folder, templates):
                                                           "gguf", "empty"])
     codes = {2}
     if kind == "config":
-        codes = {0, 2}
+        codes = {0, 1, 2}  # numbers that overflow are told as such, with 1
         edit(os.path.join(model, "config.json"), rng, rng.randint(1, 2))
     elif kind == "tokenizer":
         codes = {0, 2}
         name = rng.choice(["tokenizer.json", "tokenizer_config.json"])
         rng.choice([edit, damage])(os.path.join(model, name), rng)
     elif kind == "weights":
-        codes = {0, 2}  # a changed weight is still a weight
+        codes = {0, 1, 2}  # a changed weight is still a weight
         damage(os.path.join(model, "model.safetensors"), rng)
     elif kind == "index":
         away = rng.choice(["pytorch_model.bin", "../outside.safetensors", "/etc/passwd", "\x1b[0m"])
