@@ -270,7 +270,7 @@ def evaluation_line(name, result, best=None):
     """Return one line of an evaluation's table."""
     (low, high), (bottom, top) = result["return_interval"], result["success_interval"]
     known_best = f"{best:.4f}" if best is not None else "unknown"
-    return (f"{name:26} return {result['return']:7.4f} ({low:.4f} to {high:.4f}; best {known_best})"
+    return (f"{name:37} return {result['return']:7.4f} ({low:.4f} to {high:.4f}; best {known_best})"
             f"  success {result['success']:6.1%} ({bottom:.1%} to {top:.1%})")
 
 

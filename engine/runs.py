@@ -136,8 +136,8 @@ def fill(kind, values):
 def write_bytes(path, data):
     """Write a file whole or not at all. A link of this name is replaced and not followed."""
     hidden = os.path.join(os.path.dirname(path), f".tmp-{os.path.basename(path)}")
-    if os.path.isdir(path):
-        raise IsADirectoryError(f"{path} is a directory")
+    if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
+        raise OSError(f"{path} cannot be written: it is a folder, or its folder is not there")
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
     with open(os.open(hidden, flags, 0o666), "wb") as file:
         file.write(data)
