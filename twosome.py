@@ -37,6 +37,8 @@ if __name__ == "__main__":
     # Let Ctrl-C end the program at once, without a traceback, while it imports or loads; while it
     # trains, runs.Signals listens.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if os.stat(".").st_nlink == 0:  # PyTorch's libraries do not load there
+        sys.exit("twosome.py: the current folder was removed; change to another one")
 
 import numpy as np
 import torch

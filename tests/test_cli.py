@@ -158,6 +158,14 @@ def test_a_run_without_out_gets_a_folder_with_its_name(tmp_path, monkeypatch):
     assert read_json("runs", "lettuce-salad-none-seed5", "config.json")["norm"] == "none"
 
 
+def test_a_removed_current_folder_is_one_line(tmp_path):
+    script = os.path.join(os.path.dirname(twosome.__file__), "twosome.py")
+    gone = f"cd {shlex.quote(str(tmp_path))} && rmdir . ; rmdir {shlex.quote(str(tmp_path))};"
+    done = subprocess.run(["sh", "-c", f"{gone} {sys.executable} {script} --help"],
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and "folder was removed" in done.stderr.splitlines()[-1]
+
+
 def test_a_folder_that_holds_a_run_is_left_alone(finished, capfd):
     folder = finished[0]
     before = {name: os.stat(os.path.join(folder, name)).st_mtime_ns for name in os.listdir(folder)}
