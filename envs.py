@@ -373,7 +373,7 @@ class Overcooked(_Env):
         self.chop_reward = chop_reward
         self._actions = self._action_table()
         super().__init__(task, gamma, max_steps, self._actions, self._feature_bounds())
-        # The view changes what is known and, for the best policy, nothing of what can be done.
+        # The view changes what the agent knows, but not what the best policy can do.
         usual = gamma == 0.99 and max_steps >= 200 and chop_reward == CHOP_REWARD
         self.best_return = recipe.best if usual else None
 
@@ -457,7 +457,7 @@ class Overcooked(_Env):
         self._steps += 1
 
     def _walk(self, target, until_seen=False):
-        """Walk until next to a cell, or until it is in view. Returns whether it was away."""
+        """Walk until next to a cell, or until it is in view. Returns False if already there."""
         way = self.kitchen.way[self.agent][target]
         for cell in way:
             if until_seen and self._sees(target):
@@ -620,65 +620,65 @@ GOALS = {  # published
 # action has. In some points this is narrower than the preconditions, in others it is wider.
 
 def _stuck(h):
-    """Close to a TV that is off and with empty hands, no action at all is advised."""
+    """Whether no action at all is advised: close to a TV that is off, with empty hands."""
     return "tv" in h.near and "tv" not in h.on and not h.held
 
 
 def _leave(h, room):
-    """Whatever the agent holds and is close to, unless it is stuck."""
+    """Walk to another room: advised whatever is held or close, unless the agent is stuck."""
     return h.room != room and not _stuck(h)
 
 
 def _approach(h, thing):
-    """Also towards the food in hand, which does nothing."""
+    """Walk to the food or the appliance: advised for food in hand too, where it does nothing."""
     return h.room == KITCHEN and (thing not in h.near or thing in h.held)
 
 
 def _grab_to_heat(h, food):
-    """Not while close to the appliance as well."""
+    """Grab the food: not advised while the agent is close to the appliance as well."""
     return food in h.near - h.held and "appliance" not in h.near
 
 
 def _put_in(h, food, appliance):
-    """Whether the appliance is open or not."""
+    """Put the food in: advised whether the appliance is open or not."""
     return food in h.held and appliance in h.near
 
 
 def _is_near(h, thing):
-    """Opening what is open and shutting what is shut are both advised."""
+    """Open or close: both are advised, whether the appliance is open or shut."""
     return thing in h.near
 
 
 def _approach_snack(h, snack):
-    """With empty hands, the OTHER snack has to be in sight: a slip, by the look of it."""
+    """Walk to a snack: with empty hands only if the OTHER one is in sight (a slip, it seems)."""
     wanted = snack if h.held else OTHER_SNACK[snack]
     return h.room == KITCHEN and snack not in h.near and wanted in h.seen
 
 
 def _grab_snack(h, snack):
-    """In the kitchen alone: nothing is taken off the coffee table again."""
+    """Grab a snack: advised in the kitchen alone, so nothing leaves the table again."""
     return h.room == KITCHEN and snack in h.near - h.held
 
 
 def _put_on(h, snack, table):
-    """One snack on the table is enough: the other one is to stay in hand."""
+    """Put a snack on the table: advised for one alone, so that the other stays in hand."""
     return snack in h.held and table in h.near and h.placed.get(OTHER_SNACK[snack]) != table
 
 
 def _approach_furniture(h, thing):
-    """Not while sitting, nor away from the coffee table with nothing to put there."""
+    """Walk in the living room: not while sitting, nor away from the table with empty hands."""
     done_here = "coffee table" in h.near and not h.held
     away = h.room == LIVING_ROOM and thing not in h.near
     return away and not h.sitting and not done_here and not _stuck(h)
 
 
 def _switch(h, tv):
-    """Turning off is advised while the TV is off, as turning on is."""
+    """Turn on or off: both are advised while the TV is off and exactly one thing is held."""
     return tv in h.near and tv not in h.on and len(h.held) == 1
 
 
 def _sit_or_stand(h, sofa):
-    """Standing up is advised before sitting and not after, as sitting is."""
+    """Sit down or stand up: both are advised before sitting, and neither after it."""
     return sofa in h.near and "tv" in h.on and not h.sitting
 
 

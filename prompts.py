@@ -167,7 +167,7 @@ class Kitchen(SimpleNamespace):
         return seen
 
     def useful_boards(self):
-        """Principle 3: with a food to chop in hand, name the boards that are not seen occupied."""
+        """Principle 3: with a food to chop in hand, name the boards on which nothing is seen."""
         raw = self.holding in set(self.recipe).difference(self.chopped)
         return [PLACES[board] for board in self.boards if raw and not self.lying(board)]
 
