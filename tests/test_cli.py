@@ -222,6 +222,7 @@ def test_a_stopped_run_says_how_to_go_on_and_its_line_can_be_pasted(
         number, tmp_path, capfd, monkeypatch):
     folder = str(tmp_path / "it's my $(touch hacked); run")
     monkeypatch.chdir(tmp_path)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may have left it ignored
     with monkeypatch.context() as patched:
         stop_after(1, patched, number)
         code = twosome.main([*TINY, "--out", folder, "--episodes", "3"])
