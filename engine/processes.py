@@ -11,8 +11,8 @@ import sys
 import torch
 import torch.distributed as dist
 
-# Our choice: seconds that processes wait for each other at the start. PyTorch tries twice to reach a
-# first process that never listens, so the others give up after about twice as long then.
+# Our choice: seconds that processes wait for each other at the start. PyTorch tries twice to reach
+# a first process that never listens, so the others give up after about twice as long then.
 RENDEZVOUS = 60
 PATIENCE = datetime.timedelta(hours=6)  # the longest wait later: the first process evaluates alone
 
