@@ -24,7 +24,6 @@ EVALUATION_SEED = 1_000_000  # our choice: fixed, and far from the seeds that pe
 # Bad input: exit code 2. What else goes wrong is the machine's fault (1), or a bug (a traceback).
 BAD_INPUT = (ppo.PPOError, envs.EnvError, prompts.PromptError, trie.ScoringError,
              models.ModelError, runs.RunError, worlds.WorldError, processes.ProcessError)
-USUAL = ("pocket_lm", "word")  # the model and the normalisation that need no mention
 COLUMNS = tuple("update steps primitive_steps episodes return success episode_steps entropy"
                 " policy_loss value_loss kl explained_variance skipped seconds cpu_seconds".split())
 
@@ -210,7 +209,7 @@ def new_run(config, agent):
 def title(config, joint=", "):
     """Return what names a run: its task, and model and normalisation where they are not usual."""
     parts = [config.task, os.path.basename(config.model), config.norm]
-    return joint.join(re.sub(r"\W+", "-", part) for part in parts if part not in USUAL)
+    return joint.join(re.sub(r"\W+", "-", x) for x in parts if x not in ("pocket_lm", "word"))
 
 
 # -----------------------------------------------------------------------------

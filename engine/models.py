@@ -279,11 +279,10 @@ def preflight(model, trees, samples=32, others=()):
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     prompt = max(len(tree.items[0][0]) for tree in trees)
     phrase = max(len(tail) for tree in trees for tail in tree.items[0][1])
-    advice = ""
+    slow = model.device.type == "cpu" and total >= LARGE and not NATIVE
+    advice = "; two to three times slower than where bfloat16 is native" if slow else ""
     if model.dtype == torch.float16:
         advice = "; better bfloat16, for float16 gradients were 4 to 109 % off"
-    elif model.device.type == "cpu" and total >= LARGE and not NATIVE:
-        advice = "; two to three times slower than where bfloat16 is native"
     return f"""\
 model      {type(unwrapped(model)).__name__} on {model.device}, {str(model.dtype)[6:]}{advice}
 parameters {total:,}, of which {trained:,} train (LoRA and critic)

@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import os
 import sys
+import threading
 
 import torch
 import torch.distributed as dist
@@ -39,7 +40,7 @@ def together():
         yield
     except RuntimeError as error:
         why = str(error).splitlines()[0]
-        raise ProcessLost(f"another process has ended ({why[:100]})") from error
+        raise ProcessLost(f"another process has ended ({why:.100})") from error
 
 
 def join():
@@ -58,14 +59,16 @@ def join():
     if local < torch.cuda.device_count():
         torch.cuda.set_device(local)
     wait = f"up to {RENDEZVOUS} s for {world} processes at {os.environ['MASTER_ADDR']}"
-    if rank == "0":
-        print("waiting", wait, file=sys.stderr, flush=True)
+    waiting = threading.Timer(10, print, ["waiting", wait], {"file": sys.stderr, "flush": True})
+    waiting.start()
     try:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=RENDEZVOUS))
         dist.distributed_c10d._set_pg_timeout(PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise ProcessLost(f"the processes did not meet: waited {wait}") from error
+    finally:
+        waiting.cancel()
     return place()[0]
 
 

@@ -176,12 +176,11 @@ def _attention(trees, layout, model):
     for b, tree in enumerate(trees):
         visible[b, :len(tree.ids), :len(tree.ids)] = tree.visible
     visible, positions = visible.to(model.device), positions.to(model.device)
-    apart = positions[:, :, None] - positions[:, None, :]  # [B, S, S]
-    lowest = torch.finfo(model.dtype).min
     masks = {}
     for kind, window in layout.items():
-        seen = visible & (apart < (window or torch.inf))
-        masks[kind] = torch.where(seen, 0.0, lowest)[:, None].to(model.dtype)
+        near = window is None or positions[:, :, None] - positions[:, None] < window  # [B, S, S]
+        seen = visible & near
+        masks[kind] = torch.where(seen, 0.0, torch.finfo(model.dtype).min)[:, None].to(model.dtype)
     return {"position_ids": positions, "attention_mask": masks.get("single", masks)}
 
 
@@ -310,7 +309,7 @@ def token_log_probs(model, items, nodes=NODES):
         return []
     depth = max(len(prompt_ids) + max(map(len, tails)) - 1 for prompt_ids, tails in items)
     if depth > context(model):
-        raise ScoringError(f"{depth} tokens are too many: the context holds {context(model)}")
+        raise ScoringError(f"shorten the text: {depth} tokens; the context holds {context(model)}")
     trees = [build_tree(part) for part in group(items, nodes)]
     layout = _layout(model, depth, max(len(tree.ids) for tree in trees))
     if layout:

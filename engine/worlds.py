@@ -120,7 +120,8 @@ def import_source(source):
         raise WorldError(f"--env: there is no file {source!r}")
     # Look in their folder last, so that no file of theirs stands in for a module of ours.
     folder = os.path.dirname(os.path.abspath(source)) if is_file else os.getcwd()
-    sys.path.append(folder)
+    if folder not in sys.path:
+        sys.path.append(folder)
     if not is_file:
         return call(f"importing {source}", importlib.import_module, source)
     name = "world_" + os.path.basename(source)[:-3]

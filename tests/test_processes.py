@@ -333,7 +333,9 @@ def test_one_process_needs_nobody(alone):
 
 
 def test_processes_that_never_come_are_waited_for_aloud_and_not_for_ever(alone, capfd):
+    timer = processes.threading.Timer
     alone.setattr(processes, "RENDEZVOUS", 2)
+    alone.setattr(processes.threading, "Timer", lambda seconds, *rest: timer(seconds / 20, *rest))
     for name, value in places(2)[0].items():
         alone.setenv(name, value)
     begun = time.time()
