@@ -208,7 +208,10 @@ class Pair:
         quarters = [met[k::4] for k in range(4)]
         # The published way takes items with a number of their own.
         alone, rolled = ([(*item, 0) for item in items] for items in (distinct, met))
-        found = [
+        mine = self.trainers(default)
+        sizes = (f"{default.num_envs} x {default.rollout_steps}, minibatch {default.minibatch},"
+                 f" epochs {default.epochs}")
+        return [
             (f"scoring {len(distinct)} distinct prompts",
              lambda: self.forward(ours, [distinct]), lambda: self.forward(old, fours(alone))),
             ("scoring the 128 of a rollout",
@@ -222,14 +225,9 @@ class Pair:
             ("critic, prompts met before",
              lambda: self.critic(ours, met), lambda: self.critic(old, rolled)),
             ("PPO iteration, published sizes",
-             lambda: self.iterate(*both), lambda: self.iterate(*both[::-1]))]
-        if default:
-            mine = self.trainers(default)
-            sizes = (f"{default.num_envs} x {default.rollout_steps}, minibatch {default.minibatch},"
-                     f" epochs {default.epochs}")
-            found.append((f"PPO iteration, preset ({sizes})",
-                          lambda: self.iterate(*mine), lambda: self.iterate(*mine[::-1])))
-        return found
+             lambda: self.iterate(*both), lambda: self.iterate(*both[::-1])),
+            (f"PPO iteration, preset ({sizes})",
+             lambda: self.iterate(*mine), lambda: self.iterate(*mine[::-1]))]
 
 
 def rows_of(name, ways, agent, repeats, peak):
@@ -281,13 +279,14 @@ def compare(options):
     if options.threads:
         torch.set_num_threads(options.threads)
     peak = matmul_peak(agent.model.device, agent.model.dtype)
-    default = None
-    if not options.shape:
-        default = command.parse(["--task", options.task, "--model", options.model])[0]
+    flags = ["--preset", "hub"] if options.shape else ["--model", options.model]
+    default = command.parse(["--task", options.task, *flags])[0]
     pair = Pair(agent, options.task)
     rows = []
     print(HEADER)
     for name, *ways in pair.parts(default):
+        if options.part not in name:
+            continue
         for row in rows_of(name, ways, agent, options.repeats, peak):
             rows.append(row)
             print(markdown(row), flush=True)
@@ -416,6 +415,7 @@ def main(argv=None):
     parser.add_argument("--model", default="pocket_lm", help="as twosome.py's --model")
     parser.add_argument("--dtype", default="auto", help="as twosome.py's --dtype")
     parser.add_argument("--task", default="tomato-salad", help="a task of Overcooked")
+    parser.add_argument("--part", default="", help="of --compare: only parts whose name has this")
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each part")
     parser.add_argument("--steps", type=int, default=0, help="of --profile; 0: the preset's")
     parser.add_argument("--threads", type=int, default=0, help="of --compare; 0: as twosome.py")
