@@ -1,0 +1,208 @@
+"""What the LLM can still do (the paper's table 1): BIG-bench with a run's adapter, and without.
+
+    pip install lm_eval==0.4.13
+    pip download --no-deps bigbench==1.0.0        # the archive, 358 MB; nothing of it is installed
+    python experiments/ability.py runs/NAME --archive bigbench-1.0.0.tar.gz
+
+Eight multiple-choice tasks were fixed before anything was measured. Their questions are read from
+the package's archive and asked through lm-evaluation-harness, with task files of our own over
+local data (--files FOLDER keeps them), in BIG-bench's own form, without examples. Each question is
+asked of the LLM as it came (base), with the adapter (trained), and with the adapter added into the
+weights (merged). The harness asks for the log-probability of each choice; our trie gives it.
+"""
+import argparse
+import contextlib
+import json
+import os
+import random
+import sys
+import tarfile
+import tempfile
+
+import numpy as np
+import torch
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import twosome
+from engine import trie
+
+TASKS = ("social_iqa", "general_knowledge", "physical_intuition", "english_proverbs",
+         "intent_recognition", "timedial", "strategyqa", "hhh_alignment/helpful")
+INSIDE = "bigbench-1.0.0/bigbench/benchmark_tasks/{}/task.json"
+QUESTIONS = 200  # of a task at most, drawn once
+HARNESS = "0.4.13"
+
+
+class AbilityError(ValueError):
+    """Nothing can be asked. One line says why, and what would be right."""
+
+
+# -----------------------------------------------------------------------------
+# Questions.
+
+
+def read_task(archive, name):
+    """Return a task of the archive as BIG-bench stores it: a dict."""
+    try:
+        with tarfile.open(archive) as file:
+            return json.load(file.extractfile(INSIDE.format(name)))
+    except FileNotFoundError:
+        raise AbilityError(f"there is no {archive}; pip download --no-deps bigbench==1.0.0"
+                           " fetches it, and --archive says where it lies") from None
+    except KeyError:
+        raise AbilityError(f"{archive} has no task {name}; take bigbench-1.0.0.tar.gz") from None
+    except (OSError, EOFError, tarfile.TarError, ValueError) as error:
+        raise AbilityError(f"{archive} cannot be read ({error}); fetch it again with"
+                           " pip download --no-deps bigbench==1.0.0") from None
+
+
+def questions(task, limit):
+    """Yield at most `limit` of a task, in BIG-bench's own form: {query, choices, gold}."""
+    examples = [each for each in task["examples"] if len(each.get("target_scores", ())) > 1]
+    if len(examples) > limit:
+        examples = random.Random(0).sample(examples, limit)
+    for example in examples:
+        scores = example["target_scores"]
+        query = task.get("example_input_prefix", "\nQ: ") + example["input"]
+        if task.get("append_choices_to_input", True):
+            query += "".join(f"\n  choice: {choice}" for choice in scores)
+        query += task.get("example_output_prefix", "\nA: ").rstrip()
+        choices = [choice.strip() for choice in scores]
+        yield {"query": task.get("task_prefix", "") + query.lstrip("\n"), "choices": choices,
+               "gold": max(range(len(choices)), key=list(scores.values()).__getitem__)}
+
+
+def write_files(archive, folder, limit):
+    """Write the harness's files into a folder, NAME.jsonl and NAME.yaml. Return {task: NAME}."""
+    names = {task: "bigbench_" + task.replace("/", "_") for task in TASKS}
+    for task, name in names.items():
+        data = os.path.join(folder, f"{name}.jsonl")
+        with open(data, "w", encoding="utf-8") as file:
+            for question in questions(read_task(archive, task), limit):
+                file.write(json.dumps(question) + "\n")
+        with open(os.path.join(folder, f"{name}.yaml"), "w", encoding="utf-8") as file:
+            json.dump({"task": name, "dataset_path": "json", "test_split": "test",
+                       "dataset_kwargs": {"data_files": {"test": data}},
+                       "output_type": "multiple_choice", "num_fewshot": 0,
+                       "doc_to_text": "{{query}}", "doc_to_choice": "{{choices}}",
+                       "doc_to_target": "gold", "target_delimiter": " ",
+                       "metric_list": [{"metric": "acc"}]}, file, indent=1)  # JSON is YAML too
+    return names
+
+
+# -----------------------------------------------------------------------------
+# Answers.
+
+
+def harness():
+    """Return the module lm_eval and a class of its models that scores with our trie."""
+    os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+    try:
+        import lm_eval
+        from lm_eval.api.model import TemplateLM
+    except ImportError as error:
+        raise AbilityError(f"the harness is missing ({error}); pip install"
+                           f" lm_eval=={HARNESS}") from None
+
+    class Ours(TemplateLM):
+        """The harness's model: a question's tokens are computed once for all its choices."""
+
+        def __init__(self, model, tokenizer):
+            super().__init__()
+            self.model, self.tokenizer = model, tokenizer
+
+        @property
+        def eot_token_id(self):
+            return self.tokenizer.eos_token_id
+
+        def tok_encode(self, string, add_special_tokens=None, **options):
+            """Return a text's token ids."""
+            return self.tokenizer(string, add_special_tokens=bool(add_special_tokens))["input_ids"]
+
+        @torch.no_grad()
+        def _loglikelihood_tokens(self, requests, **options):
+            """Return (log P(choice | question), unknown) of each request, in their order."""
+            tails = {}  # of each question
+            for _, query, choice in requests:
+                tails.setdefault(tuple(query), {})[tuple(choice)] = None
+            scores = {}
+            for query, choices in tails.items():
+                [found] = trie.token_log_probs(self.model, [(query, tuple(choices))])  # [A, T]
+                for choice, score in zip(choices, found.sum(1).tolist(), strict=True):
+                    scores[query, choice] = score
+            return [(scores[tuple(query), tuple(choice)], False) for _, query, choice in requests]
+
+        def loglikelihood_rolling(self, requests, disable_tqdm=False):
+            """No task here asks for it."""
+            raise NotImplementedError
+
+        generate_until = loglikelihood_rolling
+
+    return lm_eval, Ours
+
+
+@contextlib.contextmanager
+def side(model, name):
+    """Within it, the model is its base, the trained one, or the one with merged weights."""
+    with contextlib.ExitStack() as stack:
+        if name == "base":
+            stack.enter_context(model.disable_adapter())
+        if name == "merged":
+            model.merge_adapter()
+            stack.callback(model.unmerge_adapter)
+        yield
+
+
+def measure(run, archive, limit=None, folder=None):
+    """Ask a run's newest checkpoint. Returns {"ability": {task: facts}}.
+
+    A task's facts are its chance, and for each side a str with 1 for each right answer, else 0.
+    """
+    lm_eval, Ours = harness()
+    from lm_eval.tasks import TaskManager
+    agent, _ = twosome.load(run)
+    with tempfile.TemporaryDirectory() as own:
+        folder = folder or own
+        os.makedirs(folder, exist_ok=True)
+        names = write_files(archive, os.path.abspath(folder), limit or QUESTIONS)
+        manager = TaskManager(include_path=folder, include_defaults=False)
+        facts = {task: {} for task in names}
+        for name in ("base", "trained", "merged"):
+            with side(agent.model, name):
+                found = lm_eval.simple_evaluate(
+                    model=Ours(agent.model, agent.tokenizer), tasks=list(names.values()),
+                    task_manager=manager, log_samples=True, bootstrap_iters=0)
+            for task, label in names.items():
+                samples = sorted(found["samples"][label], key=lambda sample: sample["doc_id"])
+                facts[task][name] = "".join(str(int(sample["acc"])) for sample in samples)
+                facts[task]["chance"] = float(np.mean([1 / len(sample["doc"]["choices"])
+                                                       for sample in samples]))
+    return {"ability": facts}
+
+
+def accuracy(answers):
+    """Return the share of right answers of a str of 0 and 1."""
+    return answers.count("1") / len(answers)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("run", help="a run's folder")
+    parser.add_argument("--archive", default="bigbench-1.0.0.tar.gz", help="BIG-bench's package")
+    parser.add_argument("--questions", type=int, help=f"of each task, at most ({QUESTIONS})")
+    parser.add_argument("--files", help="keep the harness's task files in this folder")
+    options = parser.parse_args(argv)
+    try:
+        facts = measure(options.run, options.archive, options.questions, options.files)["ability"]
+    except twosome.command.BAD_INPUT + (AbilityError,) as error:
+        print(f"ability.py: {error}", file=sys.stderr)
+        return 2
+    print(f"{'task':24}{'questions':>10}{'chance':>8}{'base':>8}{'trained':>9}{'merged':>8}")
+    for task, found in facts.items():
+        print(f"{task:24}{len(found['base']):10}{found['chance']:8.1%}{accuracy(found['base']):8.1%}"
+              f"{accuracy(found['trained']):9.1%}{accuracy(found['merged']):8.1%}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
