@@ -1,8 +1,8 @@
 """What the LLM can still do (the paper's table 1): BIG-bench with a run's adapter, and without.
 
-    pip install lm_eval==0.4.13
-    pip download --no-deps bigbench==1.0.0        # the archive, 358 MB; nothing of it is installed
-    python experiments/ability.py runs/NAME --archive bigbench-1.0.0.tar.gz
+    pip install -r experiments/requirements.txt       # lm-evaluation-harness
+    pip download --no-deps -d runs bigbench==1.0.0    # the archive, 358 MB, is only read
+    python experiments/ability.py runs/NAME
 
 Eight multiple-choice tasks were fixed before anything was measured. Their questions are read from
 the package's archive and asked through lm-evaluation-harness, with task files of our own over
@@ -28,9 +28,10 @@ from engine import trie
 
 TASKS = ("social_iqa", "general_knowledge", "physical_intuition", "english_proverbs",
          "intent_recognition", "timedial", "strategyqa", "hhh_alignment/helpful")
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ARCHIVE = os.path.join(ROOT, "runs", "bigbench-1.0.0.tar.gz")
 INSIDE = "bigbench-1.0.0/bigbench/benchmark_tasks/{}/task.json"
 QUESTIONS = 200  # of a task at most, drawn once
-HARNESS = "0.4.13"
 
 
 class AbilityError(ValueError):
@@ -47,13 +48,13 @@ def read_task(archive, name):
         with tarfile.open(archive) as file:
             return json.load(file.extractfile(INSIDE.format(name)))
     except FileNotFoundError:
-        raise AbilityError(f"there is no {archive}; pip download --no-deps bigbench==1.0.0"
-                           " fetches it, and --archive says where it lies") from None
+        raise AbilityError(f"there is no {archive}; pip download --no-deps -d runs"
+                           " bigbench==1.0.0 fetches it") from None
     except KeyError:
         raise AbilityError(f"{archive} has no task {name}; take bigbench-1.0.0.tar.gz") from None
     except (OSError, EOFError, tarfile.TarError, ValueError) as error:
         raise AbilityError(f"{archive} cannot be read ({error}); fetch it again with"
-                           " pip download --no-deps bigbench==1.0.0") from None
+                           " pip download --no-deps -d runs bigbench==1.0.0") from None
 
 
 def questions(task, limit):
@@ -94,6 +95,19 @@ def write_files(archive, folder, limit):
 # Answers.
 
 
+@torch.no_grad()
+def log_probs(model, pairs):
+    """Return log P(choice | query) of each pair of token ids: every query is computed once."""
+    choices = {}  # of each query
+    for query, choice in pairs:
+        choices.setdefault(query, {})[choice] = None
+    scores = {}
+    for query, tails in choices.items():
+        [found] = trie.token_log_probs(model, [(query, tuple(tails))])  # [A, T]
+        scores |= dict(zip(((query, tail) for tail in tails), found.sum(1).tolist(), strict=True))
+    return [scores[pair] for pair in pairs]
+
+
 def harness():
     """Return the module lm_eval and a class of its models that scores with our trie."""
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -102,7 +116,7 @@ def harness():
         from lm_eval.api.model import TemplateLM
     except ImportError as error:
         raise AbilityError(f"the harness is missing ({error}); pip install"
-                           f" lm_eval=={HARNESS}") from None
+                           " -r experiments/requirements.txt") from None
 
     class Ours(TemplateLM):
         """The harness's model: a question's tokens are computed once for all its choices."""
@@ -119,18 +133,10 @@ def harness():
             """Return a text's token ids."""
             return self.tokenizer(string, add_special_tokens=bool(add_special_tokens))["input_ids"]
 
-        @torch.no_grad()
         def _loglikelihood_tokens(self, requests, **options):
-            """Return (log P(choice | question), unknown) of each request, in their order."""
-            tails = {}  # of each question
-            for _, query, choice in requests:
-                tails.setdefault(tuple(query), {})[tuple(choice)] = None
-            scores = {}
-            for query, choices in tails.items():
-                [found] = trie.token_log_probs(self.model, [(query, tuple(choices))])  # [A, T]
-                for choice, score in zip(choices, found.sum(1).tolist(), strict=True):
-                    scores[query, choice] = score
-            return [(scores[tuple(query), tuple(choice)], False) for _, query, choice in requests]
+            """Return (log P(choice | query), unknown) of each request."""
+            pairs = [(tuple(query), tuple(choice)) for _, query, choice in requests]
+            return [(score, False) for score in log_probs(self.model, pairs)]
 
         def loglikelihood_rolling(self, requests, disable_tqdm=False):
             """No task here asks for it."""
@@ -188,7 +194,7 @@ def accuracy(answers):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("run", help="a run's folder")
-    parser.add_argument("--archive", default="bigbench-1.0.0.tar.gz", help="BIG-bench's package")
+    parser.add_argument("--archive", default=ARCHIVE, help="of BIG-bench (in runs/)")
     parser.add_argument("--questions", type=int, help=f"of each task, at most ({QUESTIONS})")
     parser.add_argument("--files", help="keep the harness's task files in this folder")
     options = parser.parse_args(argv)

@@ -264,11 +264,46 @@ def retention_jobs(options):
     return found
 
 
+LAKES = {  # label: a world, its options, steps
+    "named": ("examples/frozen_lake.py:frozen_lake", "", 7680),
+    "poor": ("experiments/lakes.py:poor", "", 10240),
+    "poor-cost": ("experiments/lakes.py:poor", "cost=0.01", 10240)}
+QUEST = "examples/textworld_quest.py:Quest"
+
+
+def world_jobs(options):
+    """Worlds that are not ours: FrozenLake in three tellings, ten seeds each, and a quest."""
+    found = []
+    for (label, (env, given, steps)), seed in itertools.product(LAKES.items(), range(1, 11)):
+        arguments = {"env": env, "model": "pocket_lm", "norm": "word", "seed": seed,
+                     "steps": 2048 if options.quick else steps,
+                     "episodes": options.episodes or 100, "flags": {"env-args": given}}
+        if "pocket_lm" in options.models and (seed == 1 or not options.quick):
+            found.append(Job(f"lake-{label}-{seed}", "learn", arguments, 0.7))
+    if "smollm2" in options.models:
+        arguments = {"env": QUEST, "model": "smollm2", "norm": "word", "seed": 1, "steps": 5120,
+                     "episodes": 20, "run": "quest-1"}
+        found.append(Job("quest-1", "quest", arguments, 30))
+    return found
+
+
+def ability_jobs(options):
+    """BIG-bench asked of the real LLM: agents of two tasks, three seeds each."""
+    found = []
+    for task, seed in itertools.product(SHORT, options.seeds[:3]):
+        if "smollm2" in options.models and task in options.tasks:
+            learned = learn_job(options, "smollm2", "word", task, seed)
+            found.append(Job(f"ability-smollm2-{task}-{seed}", "ability",
+                             {**learned.arguments, "run": learned.name}, 12))
+    return found
+
+
 GROUPS = {"learning": learning_jobs, "transfer": transfer_jobs,
           "normalisation": normalisation_jobs,
           "baselines": baseline_jobs, "saycan": saycan_jobs, "mask": mask_jobs,
-          "retention": retention_jobs, "prompts": prompt_jobs, "ablations": ablation_jobs,
-          "tuning": tuning_jobs}
+          "retention": retention_jobs, "ability": ability_jobs, "prompts": prompt_jobs,
+          "worlds": world_jobs,
+          "ablations": ablation_jobs, "tuning": tuning_jobs}
 
 
 def table_of_jobs(options):
@@ -285,9 +320,9 @@ def learn(job, folder):
     """Train by the README's command, or go on with it."""
     facts = trained(job, folder)
     facts["settings"] = read_json(os.path.join(folder, "config.json"))
-    for name in ("out", "model"):  # folders of this machine; the job names the model
+    for name in ("out", "model", "env"):  # folders of this machine; the job names the others
         facts["settings"].pop(name)
-    facts["summary"] = read_json(os.path.join(folder, "summary.json"))
+    facts["summary"] = read_json(os.path.join(folder, "summary.json")) | {"env": job["env"]}
     facts["curve"] = read_curve(os.path.join(folder, "metrics.csv"))
     return facts
 
@@ -335,14 +370,22 @@ def command_of(job, folder):
         # A checkpoint keeps an adapter alone, which these do not train: begin again.
         shutil.rmtree(folder, ignore_errors=True)
     if os.path.exists(os.path.join(folder, "config.json")):
-        return [*script, "--resume", folder]
+        # A run's folder alone never causes code to be imported: name a foreign world again.
+        world = ["--env", world_of(job)] if ":" in job["env"] else []
+        return [*script, "--resume", folder, *world]
     names = ("env", "task", "model", "norm", "seed", "steps", "episodes")
     flags = {name: job[name] for name in names if name in job} | job.get("flags", {})
+    flags["env"] = world_of(job)
     if job.get("variant") == "random-weights":
         from experiments import baselines
         flags["model"] = f"{folder}-model"
         baselines.random_weights(job["model"], job["seed"], flags["model"])
     return [*script, *(f"--{name}={value}" for name, value in flags.items()), "--out", folder]
+
+
+def world_of(job):
+    """Return --env of a job: a world of ours, or the file of another one."""
+    return os.path.join(ROOT, job["env"]) if ":" in job["env"] else job["env"]
 
 
 def read_curve(path):
@@ -405,25 +448,55 @@ def prior(job, folder):
     return baselines.prior(job)
 
 
-def reworded(job, folder):
-    """Play a trained agent under other wordings. Its run is made again if it was thrown away."""
+def run_of(job, folder):
+    """Return the folder of the trained agent that a job looks at: trained now if it is missing."""
     run = os.path.join(os.path.dirname(folder), job["run"])
     trained(job, run)
+    return run
+
+
+def reworded(job, folder):
+    """Play a trained agent under other wordings."""
     from experiments import baselines
-    return baselines.reworded(job, run)
+    return baselines.reworded(job, run_of(job, folder))
 
 
 def retention(job, folder):
     """Measure what a trained agent's LLM keeps of itself."""
-    run = os.path.join(os.path.dirname(folder), job["run"])
-    trained(job, run)
     from experiments import retention as keeping
-    return keeping.measure(run, job.get("tokens"))
+    return keeping.measure(run_of(job, folder), job.get("tokens"))
+
+
+def quest(job, folder):
+    """Learn one game of TextWorld, then play ten others, untrained and trained."""
+    facts = learn(job, folder)
+    import ppo
+    import twosome
+    from engine import command, worlds
+    env = world_of(job)
+    agent, _ = twosome.load(folder, env=env)
+    facts["games"] = {}
+    for seed in range(1, 11):
+        make_env = worlds.make_world(env, {"seed": seed})
+        for side in ("untrained", "trained"):
+            with agent.untrained() if side == "untrained" else contextlib.nullcontext():
+                result = ppo.evaluate(make_env, agent, job["episodes"], command.EVALUATION_SEED,
+                                      facts["settings"]["gamma"])
+            facts["games"].setdefault(seed, {})[side] = command.summarize(result)
+    return facts
+
+
+def ability(job, folder):
+    """Ask a trained agent's LLM the questions of BIG-bench."""
+    from experiments import ability as asking
+    asking.harness()  # what is missing shows before a run is trained
+    asking.read_task(asking.ARCHIVE, asking.TASKS[0])
+    return asking.measure(run_of(job, folder), asking.ARCHIVE)
 
 
 KINDS = {"learn": learn, "transfer": transfer, "untrained": untrained, "random": random,
          "ppo": ppo_alone, "saycan": saycan, "prior": prior, "reworded": reworded,
-         "retention": retention}
+         "retention": retention, "ability": ability, "quest": quest}
 
 
 def work(text, options):
@@ -1036,6 +1109,92 @@ def retention_table(found, model):
             "merged: change in %", "KL, nats a token"], rows
 
 
+def worlds_table(found, model):
+    """FrozenLake in three tellings, and the game that was learned."""
+    rows = []
+    told = {label: [record for record in select(found, "learn", model=model)
+                    if record["name"].startswith(f"lake-{label}-")
+                    and record["name"].count("-") == label.count("-") + 2] for label in LAKES}
+    told["quest"] = select(found, "quest", model=model)
+    for label, runs in told.items():
+        if runs:
+            ends = [run["summary"]["success"] for run in runs]
+            rows.append([label, f"{runs[0]['curve']['success'][0]:.1%}",
+                         f"{sum(end >= 0.9 for end in ends)} of {len(runs)}",
+                         ", ".join(f"{end:.0%}" for end in ends), plus_minus(returns(runs)),
+                         span([run["summary"]["cpu_seconds"] for run in runs])])
+    return ["world", "untrained success", "seeds at 90 %", "success of each seed", "return",
+            "CPU seconds"], rows
+
+
+def quest_table(found, model):
+    """Ten games that were never played, before and after another one was learned."""
+    rows = []
+    for record in select(found, "quest", model=model):
+        sides = {side: [games[side] for games in record["games"].values()]
+                 for side in ("untrained", "trained")}
+        for seed, games in record["games"].items():
+            rows.append([f"game {seed}", *(f"{result['return']:.3f} ({result['success']:.0%})"
+                                           for result in games.values())])
+        rows.append(["mean", *(f"{np.mean([result['return'] for result in results]):.3f}"
+                               f" ({np.mean([result['success'] for result in results]):.0%})"
+                               for results in sides.values())])
+    return ["never played", "untrained LLM", "trained on game 18"], rows
+
+
+def right(text):
+    """Return 1 for each right answer and 0 for each wrong one: [questions], of a str."""
+    return np.array([int(letter) for letter in text])
+
+
+def judged_tasks(records):
+    """Return {task of BIG-bench: whether the base itself does better there than chance}."""
+    counts = {}
+    for task, facts in records[0]["ability"].items() if records else ():
+        base = right(facts["base"])
+        spread = 1.96 * (facts["chance"] * (1 - facts["chance"]) / len(base)) ** 0.5
+        counts[task] = base.mean() > facts["chance"] + spread
+    return counts
+
+
+def kept(records, tasks, side):
+    """Return (mean, half width) of right answers gained, in points: over tasks, of paired answers.
+
+    What the seeds gained on a question is averaged first: they answer the same questions.
+    """
+    means, variances = [], []
+    for task in tasks:
+        facts = [record["ability"][task] for record in records]
+        gains = np.mean([right(each[side]) - right(each["base"]) for each in facts], axis=0)
+        means.append(100 * gains.mean())
+        variances.append(100**2 * gains.var(ddof=1) / len(gains))
+    return np.mean(means), 1.96 * np.sum(variances) ** 0.5 / len(tasks)
+
+
+def ability_table(found, model):
+    """What the LLM can still do: BIG-bench's questions, answered by the base and by agents."""
+    groups = {task: select(found, "ability", model=model, task=task) for task in TASKS}
+    groups = {task: records for task, records in groups.items() if records}
+    header = ["task", "questions", "chance", "base", "counts"]
+    header += [f"{task}, {side}: points" for task in groups for side in ("trained", "merged")]
+    rows = []
+    if groups:
+        [first, *_] = groups.values()
+        counts = judged_tasks(first)
+        lines = {task: [task] for task in counts}
+        lines["mean of those that count"] = [task for task, counted in counts.items() if counted]
+        for label, tasks in lines.items():
+            facts = first[0]["ability"].get(label)
+            head = ["", "", "", ""] if facts is None else [
+                f"{len(facts['base'])}", f"{facts['chance']:.1%}",
+                f"{right(facts['base']).mean():.1%}", "yes" if counts[label] else "no"]
+            if tasks:
+                rows.append([label, *head, *("{:+.2f} ± {:.2f}".format(*kept(records, tasks, side))
+                                             for records in groups.values()
+                                             for side in ("trained", "merged"))])
+    return header, rows
+
+
 def ablations_table(found, model):
     """What a reader would ablate: one thing changed at a time."""
     known = {record["arguments"].get("variant") for record in found} & {*ABLATIONS, "float32",
@@ -1150,6 +1309,20 @@ def keeps(found, model):
     return count_of(judged)
 
 
+def answers(found, model):
+    """Judge agents' answers: two points on average, no task lower beyond its interval."""
+    judged = []
+    for task in TASKS:
+        records = select(found, "ability", model=model, task=task)
+        tasks = [name for name, counted in judged_tasks(records).items() if counted]
+        for name in tasks:
+            mean, half = kept(records, [name], "trained")
+            judged.append((f"{task} on {name}", mean + half >= 0))
+        if tasks:
+            judged.append((f"{task} on average", kept(records, tasks, "trained")[0] >= -2))
+    return count_of(judged)
+
+
 def unmasked(found, model):
     """Judge learning without the home's mask: 90 % of the way at the end."""
     judged = []
@@ -1167,6 +1340,8 @@ CLAIMS = {
     "finetuning by PPO beats the prompted LLM": beats_untrained,
     "on unseen tasks a trained agent is no worse than the untrained LLM": generalises,
     "the LLM keeps its own ability (perplexity on real English within 2 %)": keeps,
+    "the LLM answers BIG-bench as before: within two points on average, no task lower beyond its"
+    " interval": answers,
     "both home tasks are learned without their action mask (a reader's question)": unmasked,
 }
 
@@ -1181,7 +1356,8 @@ TABLES = {"learning": learning_table, "transfer": transfer_table, "efficiency": 
           "aggregate": aggregate_table, "saycan": saycan_table, "norms": norms_table,
           "temperature": temperature_table, "lengths": lengths_table,
           "principles": principles_table, "uneven": uneven_table, "rewording": rewording_table,
-          "mask": mask_table, "retention": retention_table, "ablations": ablations_table,
+          "mask": mask_table, "retention": retention_table, "ability": ability_table,
+          "worlds": worlds_table, "quest": quest_table, "ablations": ablations_table,
           "tuning": tuning_table, "claims": claims_table}
 
 

@@ -1,10 +1,13 @@
 """The measurement measures what it says: jobs, stored files, statistics, tables and baselines."""
 import csv
 import filecmp
+import io
 import json
 import math
 import os
 import shutil
+import sys
+import tarfile
 import time
 import types
 
@@ -17,7 +20,7 @@ import ppo
 import prompts
 import twosome
 from engine import command
-from experiments import baselines, claims, retention
+from experiments import ability, baselines, claims, lakes, retention
 
 EVERY_GROUP = ["--only", *claims.GROUPS]
 
@@ -95,13 +98,18 @@ def test_every_run_is_a_command_that_the_command_line_takes(tmp_path, monkeypatc
             at = flags.index("--out")
             flags = [flag for flag in flags[:at] if flag.startswith("--")]
             config, _ = command.parse(flags)
-            assert (config.task, config.seed) == (job.arguments["task"], 1)
+            assert config.task == job.arguments.get("task", config.task)
+            assert config.seed == job.arguments["seed"]
 
 
 def test_a_run_that_was_begun_is_resumed_and_one_that_cannot_be_begins_again(tmp_path):
     job = claims.learn_job(claims.parse([]), "pocket_lm", "word", "tomato-salad", 1).arguments
     (tmp_path / "config.json").write_text("{}")
     assert claims.command_of(job, str(tmp_path))[1:] == ["--resume", str(tmp_path)]
+    [foreign, *_] = [job.arguments for job in jobs("--only", "worlds")]
+    named = os.path.join(claims.ROOT, "examples", "frozen_lake.py:frozen_lake")
+    resume = ["--resume", str(tmp_path), "--env", named]
+    assert claims.command_of(foreign, str(tmp_path))[1:] == resume
     changed = {**job, "change": "full-finetune"}
     assert "--resume" not in claims.command_of(changed, str(tmp_path))
     assert not tmp_path.exists()
@@ -561,3 +569,120 @@ def test_perplexity_and_kl_are_the_definitions():
                     for ids in rows)
     tokens = sum(ids.shape[1] - 1 for ids in rows)
     assert moved["perplexity"]["trained"] == pytest.approx(math.exp(total / tokens), rel=1e-5)
+
+
+# -----------------------------------------------------------------------------
+# What the LLM can still do.
+
+
+@pytest.fixture
+def archive(tmp_path):
+    """A function that packs tasks, {name: dict}, as the package's archive does."""
+    def pack(tasks):
+        path = tmp_path / "archive.tar.gz"
+        with tarfile.open(path, "w:gz") as file:
+            for name, task in tasks.items():
+                data = json.dumps(task).encode()
+                entry = tarfile.TarInfo(ability.INSIDE.format(name))
+                entry.size = len(data)
+                file.addfile(entry, io.BytesIO(data))
+        return str(path)
+
+    return pack
+
+
+LEGS = {"examples": [{"input": "How many legs has a horse?",
+                      "target_scores": {"two": 0, "four ": 1, "six": 0}}]}
+
+
+def test_a_question_has_the_form_of_big_bench():
+    [question] = ability.questions(LEGS, 5)
+    assert question == {"choices": ["two", "four", "six"], "gold": 1, "query":
+                        "Q: How many legs has a horse?\n  choice: two\n  choice: four "
+                        "\n  choice: six\nA:"}
+    plain = LEGS | {"append_choices_to_input": False, "task_prefix": "Count.\n\n",
+                    "example_input_prefix": "", "example_output_prefix": "\nLegs: "}
+    [question] = ability.questions(plain, 5)
+    assert question["query"] == "Count.\n\nHow many legs has a horse?\nLegs:"
+
+
+def test_the_same_questions_are_drawn_each_time():
+    task = {"examples": [LEGS["examples"][0] | {"input": str(n)} for n in range(50)]}
+    drawn = [[question["query"] for question in ability.questions(task, 9)] for _ in range(2)]
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn[0])) == 9
+
+
+def test_an_archive_that_cannot_be_asked_is_one_line(archive, tmp_path, monkeypatch, capsys):
+    path = archive({"general_knowledge": LEGS})
+    assert ability.read_task(path, "general_knowledge") == LEGS
+    with pytest.raises(ability.AbilityError, match="has no task timedial; take bigbench-1.0.0"):
+        ability.read_task(path, "timedial")
+    with pytest.raises(ability.AbilityError, match="there is no .*none; pip download"):
+        ability.read_task(str(tmp_path / "none"), "timedial")
+    with open(path, "r+b") as file:
+        file.truncate(100)
+    with pytest.raises(ability.AbilityError, match="cannot be read .*; fetch it again"):
+        ability.read_task(path, "general_knowledge")
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert ability.main([str(tmp_path)]) == 2
+    assert "the harness is missing" in capsys.readouterr().err
+
+
+def test_choices_score_as_the_definition_says():
+    model, tokenizer = twosome.models.load("pocket_lm")
+    query = tuple(tokenizer("You see a")["input_ids"])
+    choices = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+               for text in ("tomato", "bowl on the counter", "tomato")]
+    found = ability.log_probs(model, [(query, choice) for choice in choices])
+    for choice, score in zip(choices, found, strict=True):
+        ids = torch.tensor([query + choice])
+        with torch.no_grad():
+            steps = model(input_ids=ids).logits[0, len(query) - 1:-1].log_softmax(-1)
+        exact = steps.gather(1, torch.tensor(choice)[:, None]).sum()
+        assert score == pytest.approx(exact.item(), abs=1e-4)
+
+
+def test_only_tasks_that_the_base_can_do_count_and_their_answers_are_paired():
+    facts = {"easy": {"chance": 0.5, "base": "1" * 60 + "0" * 40, "trained": "1" * 58 + "0" * 42},
+             "hard": {"chance": 0.5, "base": "10" * 50, "trained": "1" * 100}}
+    found = [{"ability": facts}, {"ability": facts}]
+    assert claims.judged_tasks(found) == {"easy": True, "hard": False}
+    # Two questions in a hundred were lost; the others stay, so the interval is that of the pairs.
+    mean, half = claims.kept(found, ["easy"], "trained")
+    assert mean == pytest.approx(-2)
+    assert half == pytest.approx(100 * 1.96 * (0.02 * 0.98 / 99) ** 0.5)
+    assert claims.kept(found, ["hard"], "trained")[0] == pytest.approx(50)
+
+
+# -----------------------------------------------------------------------------
+# Worlds that are not ours.
+
+
+def test_a_poorly_told_lake_names_directions_alone_and_may_cost():
+    world = lakes.poor(cost=0.25)
+    _, info = world.reset(seed=1)
+    assert info["prompt"].endswith("Your next step is to")
+    assert info["actions"] == ["move left", "move down", "move right", "move up"]
+    assert world.step(1)[1] == -0.25
+    free = lakes.poor()
+    free.reset(seed=1)
+    assert free.step(1)[1] == 0
+
+
+def test_worlds_and_quests_are_told_by_seed_and_by_game():
+    def run(name, kind, **more):
+        return {"name": name, "kind": kind, "arguments": {"model": "pocket_lm", "seed": 1},
+                "summary": {"success": 0.95, "return": 0.5, "cpu_seconds": 30.0},
+                "curve": {"success": [0.125, 0.95]}, **more}
+
+    games = {str(seed): {"untrained": {"return": 0.0, "success": 0.0},
+                         "trained": {"return": 0.1 * seed, "success": 1.0}} for seed in (1, 2)}
+    found = [run("lake-poor-1", "learn"), run("lake-poor-cost-1", "learn"),
+             run("quest-1", "quest", games=games)]
+    rows = claims.worlds_table(found, "pocket_lm")[1]
+    assert [row[0] for row in rows] == ["poor", "poor-cost", "quest"]
+    assert rows[0][1:4] == ["12.5%", "1 of 1", "95%"]
+    assert claims.quest_table(found, "pocket_lm")[1] == [
+        ["game 1", "0.000 (0%)", "0.100 (100%)"], ["game 2", "0.000 (0%)", "0.200 (100%)"],
+        ["mean", "0.000 (0%)", "0.150 (100%)"]]
