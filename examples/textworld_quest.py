@@ -1,4 +1,4 @@
-"""A quest of TextWorld's own games, learned by SmolLM2, and ten others that it has not played.
+"""A quest of TextWorld's own games for SmolLM2, and ten others that it has not played.
 
     python examples/textworld_quest.py --out runs/quest     # learn game 18; further flags go on
     python examples/textworld_quest.py --eval runs/quest    # games 1 to 10, untrained and trained

@@ -1,7 +1,7 @@
 """What the LLM can still do (the paper's table 1): BIG-bench with a run's adapter, and without.
 
     pip install -r experiments/requirements.txt       # lm-evaluation-harness
-    pip download --no-deps -d runs bigbench==1.0.0    # the archive, 358 MB, is only read
+    pip download --no-deps -d runs bigbench==1.0.0    # the archive, 358 MB, never installed
     python experiments/ability.py runs/NAME
 
 Eight multiple-choice tasks were fixed before anything was measured. Their questions are read from
@@ -18,6 +18,7 @@ import random
 import sys
 import tarfile
 import tempfile
+import zlib
 
 import numpy as np
 import torch
@@ -52,13 +53,17 @@ def read_task(archive, name):
                            " bigbench==1.0.0 fetches it") from None
     except KeyError:
         raise AbilityError(f"{archive} has no task {name}; take bigbench-1.0.0.tar.gz") from None
-    except (OSError, EOFError, tarfile.TarError, ValueError) as error:
+    except (OSError, EOFError, tarfile.TarError, zlib.error, ValueError) as error:
         raise AbilityError(f"{archive} cannot be read ({error}); fetch it again with"
                            " pip download --no-deps -d runs bigbench==1.0.0") from None
 
 
 def questions(task, limit):
-    """Yield at most `limit` of a task, in BIG-bench's own form: {query, choices, gold}."""
+    """Yield at most `limit` of a task, in BIG-bench's own form: {query, choices, gold}.
+
+    Where a task shows its choices, they are shuffled, as BIG-bench does: some files list the right
+    one last.
+    """
     examples = [each for each in task["examples"] if len(each.get("target_scores", ())) > 1]
     if len(examples) > limit:
         examples = random.Random(0).sample(examples, limit)
@@ -66,7 +71,9 @@ def questions(task, limit):
         scores = example["target_scores"]
         query = task.get("example_input_prefix", "\nQ: ") + example["input"]
         if task.get("append_choices_to_input", True):
-            query += "".join(f"\n  choice: {choice}" for choice in scores)
+            shown = sorted(scores)
+            random.Random(example["input"]).shuffle(shown)
+            query += "".join(task.get("choice_prefix", "\n  choice: ") + choice for choice in shown)
         query += task.get("example_output_prefix", "\nA: ").rstrip()
         choices = [choice.strip() for choice in scores]
         yield {"query": task.get("task_prefix", "") + query.lstrip("\n"), "choices": choices,
@@ -104,7 +111,8 @@ def log_probs(model, pairs):
     scores = {}
     for query, tails in choices.items():
         [found] = trie.token_log_probs(model, [(query, tuple(tails))])  # [A, T]
-        scores |= dict(zip(((query, tail) for tail in tails), found.sum(1).tolist(), strict=True))
+        for tail, score in zip(tails, found.sum(1).tolist(), strict=True):
+            scores[query, tail] = score
     return [scores[pair] for pair in pairs]
 
 
@@ -130,8 +138,8 @@ def harness():
             return self.tokenizer.eos_token_id
 
         def tok_encode(self, string, add_special_tokens=None, **options):
-            """Return a text's token ids."""
-            return self.tokenizer(string, add_special_tokens=bool(add_special_tokens))["input_ids"]
+            """Return a text's token ids, behind the opening tokens, as prompts are scored."""
+            return twosome.encode(self.tokenizer, [string])[0]
 
         def _loglikelihood_tokens(self, requests, **options):
             """Return (log P(choice | query), unknown) of each request."""
@@ -198,9 +206,11 @@ def main(argv=None):
     parser.add_argument("--questions", type=int, help=f"of each task, at most ({QUESTIONS})")
     parser.add_argument("--files", help="keep the harness's task files in this folder")
     options = parser.parse_args(argv)
+    if options.questions is not None and options.questions < 1:
+        parser.error("--questions must be at least 1")
     try:
         facts = measure(options.run, options.archive, options.questions, options.files)["ability"]
-    except twosome.command.BAD_INPUT + (AbilityError,) as error:
+    except twosome.command.BAD_INPUT + (AbilityError, OSError) as error:
         print(f"ability.py: {error}", file=sys.stderr)
         return 2
     print(f"{'task':24}{'questions':>10}{'chance':>8}{'base':>8}{'trained':>9}{'merged':>8}")

@@ -153,7 +153,8 @@ class Pair:
         """
         config = dataclasses.replace(config, target_kl=0.0)
         made = []
-        for way, parts in ((self.agent, 1), (self.old, config.minibatch // 4)):
+        for way, parts in ((self.agent, config.gradient_accumulation),
+                           (self.old, config.minibatch // 4)):
             settings = dataclasses.replace(config, gradient_accumulation=parts)
             made.append(Timed(lambda: envs.make("overcooked", task=self.task), way, settings, 1))
         return made
@@ -290,6 +291,8 @@ def compare(options):
         for row in rows_of(name, ways, agent, options.repeats, peak):
             rows.append(row)
             print(markdown(row), flush=True)
+    if not rows:
+        raise SystemExit(f"bench.py: no part has {options.part!r} in its name")
     with open(os.path.join(options.out, f"{options.name}.md"), "w") as file:
         file.write("\n".join([HEADER, *map(markdown, rows)]) + "\n")
     base = agent.model.get_base_model()
@@ -415,7 +418,7 @@ def main(argv=None):
     parser.add_argument("--model", default="pocket_lm", help="as twosome.py's --model")
     parser.add_argument("--dtype", default="auto", help="as twosome.py's --dtype")
     parser.add_argument("--task", default="tomato-salad", help="a task of Overcooked")
-    parser.add_argument("--part", default="", help="of --compare: only parts whose name has this")
+    parser.add_argument("--part", default="", help="of --compare: parts whose name has this")
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each part")
     parser.add_argument("--steps", type=int, default=0, help="of --profile; 0: the preset's")
     parser.add_argument("--threads", type=int, default=0, help="of --compare; 0: as twosome.py")
@@ -429,6 +432,7 @@ def main(argv=None):
     chosen = [kind for kind in work if getattr(options, kind)]
     usual = "" if options.model == "pocket_lm" else f"-{os.path.basename(options.model)}"
     usual += "" if options.dtype == "auto" else f"-{options.dtype}"
+    usual += "-part" if options.part else ""
     for kind in chosen or (["compare"] if options.shape else list(work)):
         options.name = kind + usual + (f"-{options.shape}" if options.shape else "")
         before = machine()

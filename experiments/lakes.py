@@ -3,8 +3,9 @@
     python twosome.py --env experiments/lakes.py:poor --steps 10240
     python twosome.py --env experiments/lakes.py:poor --env-args cost=0.01 --steps 10240
 
-The goal alone pays, and the phrases do not say what lies where they lead: the untrained LLM is as
-blind as chance. examples/frozen_lake.py tells the same lake in phrases that name what lies there.
+The goal alone pays, and the phrases do not say what lies where they lead. The untrained LLM prefers
+one direction wherever it stands, and gets there more rarely than chance, which does in 1.4 % of the
+episodes. examples/frozen_lake.py tells the same lake in phrases that name what lies there.
 """
 import sys
 from pathlib import Path

@@ -103,6 +103,14 @@ def test_the_whole_benchmark_at_a_tiny_shape(tmp_path, capsys):
     assert "| part |" in capsys.readouterr().out
 
 
+def test_a_part_that_is_none_is_one_line_and_no_table_is_lost(tmp_path):
+    table = tmp_path / "compare-tiny.md"
+    table.write_text("kept")
+    with pytest.raises(SystemExit, match="no part has 'nothing' in its name"):
+        bench.main(["--shape", "tiny", "--part", "nothing", "--out", str(tmp_path)])
+    assert table.read_text() == "kept"
+
+
 def test_a_shape_that_is_unknown_is_one_line(capsys):
     with pytest.raises(SystemExit, match="2"):
         bench.main(["--shape", "8b"])

@@ -92,13 +92,15 @@ def test_every_job_can_be_done_and_has_a_name_of_its_own():
 def test_every_run_is_a_command_that_the_command_line_takes(tmp_path, monkeypatch):
     monkeypatch.setattr(baselines, "random_weights", lambda *args: None)
     for job in jobs("--models", "pocket_lm", "smollm2", "--seeds", "1"):
-        if job.kind == "learn":
+        if job.kind in ("learn", "quest"):
             script, *flags = claims.command_of(job.arguments, str(tmp_path / "run"))
             assert os.path.exists(script)
             at = flags.index("--out")
             flags = [flag for flag in flags[:at] if flag.startswith("--")]
             config, _ = command.parse(flags)
-            assert config.task == job.arguments.get("task", config.task)
+            assert config.env == claims.world_of(job.arguments)
+            assert config.env_args == job.arguments.get("flags", {}).get("env-args", "")
+            assert "task" not in job.arguments or config.task == job.arguments["task"]
             assert config.seed == job.arguments["seed"]
 
 
@@ -597,13 +599,21 @@ LEGS = {"examples": [{"input": "How many legs has a horse?",
 
 def test_a_question_has_the_form_of_big_bench():
     [question] = ability.questions(LEGS, 5)
-    assert question == {"choices": ["two", "four", "six"], "gold": 1, "query":
-                        "Q: How many legs has a horse?\n  choice: two\n  choice: four "
-                        "\n  choice: six\nA:"}
+    assert (question["choices"], question["gold"]) == (["two", "four", "six"], 1)
+    first, *shown, last = question["query"].split("\n")
+    assert (first, last) == ("Q: How many legs has a horse?", "A:")
+    assert sorted(line.strip() for line in shown) == ["choice: four", "choice: six", "choice: two"]
     plain = LEGS | {"append_choices_to_input": False, "task_prefix": "Count.\n\n",
                     "example_input_prefix": "", "example_output_prefix": "\nLegs: "}
     [question] = ability.questions(plain, 5)
     assert question["query"] == "Count.\n\nHow many legs has a horse?\nLegs:"
+
+
+def test_the_order_shown_tells_nothing_of_the_answer():
+    scores = {"a": 0, "b": 0, "c": 1}
+    task = {"examples": [{"input": str(n), "target_scores": scores} for n in range(300)]}
+    last = [question["query"].split()[-2] for question in ability.questions(task, 300)]
+    assert all(80 < last.count(choice) < 120 for choice in scores)
 
 
 def test_the_same_questions_are_drawn_each_time():
@@ -646,13 +656,47 @@ def test_choices_score_as_the_definition_says():
 def test_only_tasks_that_the_base_can_do_count_and_their_answers_are_paired():
     facts = {"easy": {"chance": 0.5, "base": "1" * 60 + "0" * 40, "trained": "1" * 58 + "0" * 42},
              "hard": {"chance": 0.5, "base": "10" * 50, "trained": "1" * 100}}
-    found = [{"ability": facts}, {"ability": facts}]
+    same = {task: each | {"trained": each["base"]} for task, each in facts.items()}
+    found = [{"ability": facts}, {"ability": same}]
     assert claims.judged_tasks(found) == {"easy": True, "hard": False}
-    # Two questions in a hundred were lost; the others stay, so the interval is that of the pairs.
+    # Two questions in a hundred were lost, by one of two seeds.
     mean, half = claims.kept(found, ["easy"], "trained")
-    assert mean == pytest.approx(-2)
-    assert half == pytest.approx(100 * 1.96 * (0.02 * 0.98 / 99) ** 0.5)
-    assert claims.kept(found, ["hard"], "trained")[0] == pytest.approx(50)
+    assert mean == pytest.approx(-1)
+    assert half == pytest.approx(100 * 1.96 * (0.02 * 0.98 / 99) ** 0.5 / 2)
+    assert claims.kept(found, ["hard"], "trained")[0] == pytest.approx(25)
+    assert claims.kept(found, ["easy", "hard"], "trained")[0] == pytest.approx(12)
+
+    for record in found:
+        record |= {"name": "ability", "kind": "ability",
+                   "arguments": {"model": "smollm2", "task": "tomato-salad"}}
+        for each in record["ability"].values():
+            each["merged"] = each["trained"]
+    rows = claims.ability_table(found, "smollm2")[1]
+    assert [row[0] for row in rows] == ["easy", "hard", "mean of those that count"]
+    assert rows[0][1:6] == ["100", "50.0%", "60.0%", "yes", f"-1.00 ± {half:.2f}"]
+    assert rows[2][5] == rows[0][5]
+    # A loss within its interval is none; twenty points lost are.
+    assert claims.answers(found, "smollm2")[1] == "yes"
+    facts["easy"]["trained"] = same["easy"]["trained"] = "0" * 20 + "1" * 40 + "0" * 40
+    assert claims.answers(found, "smollm2")[1] == "no"
+
+
+def test_a_side_is_the_base_the_agent_or_the_merged_one_and_leaves_nothing_behind():
+    model, tokenizer = twosome.models.load("pocket_lm")
+    pairs = [(tuple(tokenizer("You see a")["input_ids"]), (5, 6))]
+    bare = ability.log_probs(model, pairs)
+    model = twosome.Agent(model, tokenizer).model
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    found = {}
+    for name in ("base", "trained", "merged", "base", "trained"):
+        with ability.side(model, name):
+            found.setdefault(name, []).append(ability.log_probs(model, pairs)[0])
+    assert found["base"] == pytest.approx([bare[0]] * 2, abs=1e-5)
+    assert found["trained"][1] == pytest.approx(found["trained"][0], abs=1e-4)
+    assert found["merged"][0] == pytest.approx(found["trained"][0], abs=1e-4)
+    assert abs(found["trained"][0] - bare[0]) > 1e-2
 
 
 # -----------------------------------------------------------------------------
