@@ -6,12 +6,14 @@
 If a world of yours pays only at its end and does not learn, look at the untrained success in
 the first lines of a run. At less than one success a rollout, learning often stalls. The critic
 hopes for more after a lucky one, is let down, and the policy learns to end no episode; then
-nothing is left to learn from while the rates fall to zero. What helped here, best first:
+nothing is left to learn from while the rates fall to zero. What helped here, best first (ten seeds
+each; experiments/README.md has the table):
 
   - Phrases that name what lies there. The untrained pocket_lm reaches the goal in a tenth of its
     episodes, and every seed learned. With "move left" and "move up" it prefers one of them
-    wherever it stands, reaches the goal in one of 500, and none of ten seeds learned.
-  - A small cost of each step (0.01): with the same poor phrases, all of ten seeds learned.
+    wherever it stands and reaches the goal in one of 500: three seeds never met a reward, five met
+    it and lost it, two learned.
+  - A small cost of each step (0.01): with the same poor phrases, all seeds came to 85 % and more.
 """
 import sys
 from pathlib import Path

@@ -94,7 +94,9 @@ def write_files(archive, folder, limit):
                        "output_type": "multiple_choice", "num_fewshot": 0,
                        "doc_to_text": "{{query}}", "doc_to_choice": "{{choices}}",
                        "doc_to_target": "gold", "target_delimiter": " ",
-                       "metric_list": [{"metric": "acc"}]}, file, indent=1)  # JSON is YAML too
+                       "metric_list": [{"metric": "acc", "aggregation": "mean",
+                                        "higher_is_better": True}]},
+                      file, indent=1)  # JSON is YAML too
     return names
 
 
