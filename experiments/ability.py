@@ -26,6 +26,7 @@ import torch
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import twosome
 from engine import trie
+from experiments.retention import merged
 
 TASKS = ("social_iqa", "general_knowledge", "physical_intuition", "english_proverbs",
          "intent_recognition", "timedial", "strategyqa", "hhh_alignment/helpful")
@@ -43,19 +44,27 @@ class AbilityError(ValueError):
 # Questions.
 
 
-def read_task(archive, name):
-    """Return a task of the archive as BIG-bench stores it: a dict."""
+def read_tasks(archive, names=TASKS):
+    """Return {name: task} of the archive, each a dict as BIG-bench stores it.
+
+    Go through the archive once: to look for a file again would decompress all before it again.
+    """
+    wanted = {INSIDE.format(name): name for name in names}
+    found = {}
     try:
         with tarfile.open(archive) as file:
-            return json.load(file.extractfile(INSIDE.format(name)))
+            for entry in file:
+                if entry.name in wanted:
+                    found[wanted[entry.name]] = json.load(file.extractfile(entry))
     except FileNotFoundError:
         raise AbilityError(f"there is no {archive}; pip download --no-deps -d runs"
                            " bigbench==1.0.0 fetches it") from None
-    except KeyError:
-        raise AbilityError(f"{archive} has no task {name}; take bigbench-1.0.0.tar.gz") from None
     except (OSError, EOFError, tarfile.TarError, zlib.error, ValueError) as error:
         raise AbilityError(f"{archive} cannot be read ({error}); fetch it again with"
                            " pip download --no-deps -d runs bigbench==1.0.0") from None
+    if missing := [name for name in names if name not in found]:
+        raise AbilityError(f"{archive} has no task {missing[0]}; take bigbench-1.0.0.tar.gz")
+    return found
 
 
 def questions(task, limit):
@@ -80,13 +89,13 @@ def questions(task, limit):
                "gold": max(range(len(choices)), key=list(scores.values()).__getitem__)}
 
 
-def write_files(archive, folder, limit):
+def write_files(tasks, folder, limit):
     """Write the harness's files into a folder, NAME.jsonl and NAME.yaml. Return {task: NAME}."""
-    names = {task: "bigbench_" + task.replace("/", "_") for task in TASKS}
+    names = {task: "bigbench_" + task.replace("/", "_") for task in tasks}
     for task, name in names.items():
         data = os.path.join(folder, f"{name}.jsonl")
         with open(data, "w", encoding="utf-8") as file:
-            for question in questions(read_task(archive, task), limit):
+            for question in questions(tasks[task], limit):
                 file.write(json.dumps(question) + "\n")
         with open(os.path.join(folder, f"{name}.yaml"), "w", encoding="utf-8") as file:
             json.dump({"task": name, "dataset_path": "json", "test_split": "test",
@@ -157,20 +166,15 @@ def harness():
     return lm_eval, Ours
 
 
-@contextlib.contextmanager
 def side(model, name):
-    """Within it, the model is its base, the trained one, or the one with merged weights."""
-    with contextlib.ExitStack() as stack:
-        if name == "base":
-            stack.enter_context(model.disable_adapter())
-        if name == "merged":
-            model.merge_adapter()
-            stack.callback(model.unmerge_adapter)
-        yield
+    """Return a context: within it, the model is its base, the trained one, or the merged one."""
+    if name == "base":
+        return model.disable_adapter()
+    return merged(model) if name == "merged" else contextlib.nullcontext()
 
 
-def measure(run, archive, limit=None, folder=None):
-    """Ask a run's newest checkpoint. Returns {"ability": {task: facts}}.
+def measure(run, tasks, limit=None, folder=None):
+    """Ask a run's newest checkpoint what read_tasks returned. Returns {"ability": {task: facts}}.
 
     A task's facts are its chance, and for each side a str with 1 for each right answer, else 0.
     """
@@ -180,7 +184,7 @@ def measure(run, archive, limit=None, folder=None):
     with tempfile.TemporaryDirectory() as own:
         folder = folder or own
         os.makedirs(folder, exist_ok=True)
-        names = write_files(archive, os.path.abspath(folder), limit or QUESTIONS)
+        names = write_files(tasks, os.path.abspath(folder), limit or QUESTIONS)
         manager = TaskManager(include_path=folder, include_defaults=False)
         facts = {task: {} for task in names}
         for name in ("base", "trained", "merged"):
@@ -211,7 +215,9 @@ def main(argv=None):
     if options.questions is not None and options.questions < 1:
         parser.error("--questions must be at least 1")
     try:
-        facts = measure(options.run, options.archive, options.questions, options.files)["ability"]
+        harness()  # what is missing shows at once
+        tasks = read_tasks(options.archive)
+        facts = measure(options.run, tasks, options.questions, options.files)["ability"]
     except twosome.command.BAD_INPUT + (AbilityError, OSError) as error:
         print(f"ability.py: {error}", file=sys.stderr)
         return 2

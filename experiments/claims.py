@@ -303,9 +303,8 @@ def ability_jobs(options):
 GROUPS = {"learning": learning_jobs, "transfer": transfer_jobs,
           "normalisation": normalisation_jobs,
           "baselines": baseline_jobs, "saycan": saycan_jobs, "mask": mask_jobs,
-          "retention": retention_jobs, "ability": ability_jobs, "prompts": prompt_jobs,
-          "worlds": world_jobs,
-          "ablations": ablation_jobs, "tuning": tuning_jobs}
+          "retention": retention_jobs, "ability": ability_jobs, "worlds": world_jobs,
+          "prompts": prompt_jobs, "ablations": ablation_jobs, "tuning": tuning_jobs}
 
 
 def table_of_jobs(options):
@@ -472,19 +471,18 @@ def retention(job, folder):
 def quest(job, folder):
     """Learn one game of TextWorld, then play ten others, untrained and trained."""
     facts = learn(job, folder)
-    import ppo
     import twosome
     from engine import command, worlds
     env = world_of(job)
     agent, _ = twosome.load(folder, env=env)
+    config = command.config_of(folder, {"env": env})
     facts["games"] = {}
     for seed in range(1, 11):
         make_env = worlds.make_world(env, {"seed": seed})
-        for side in ("untrained", "trained"):
-            with agent.untrained() if side == "untrained" else contextlib.nullcontext():
-                result = ppo.evaluate(make_env, agent, job["episodes"], command.EVALUATION_SEED,
-                                      facts["settings"]["gamma"])
-            facts["games"].setdefault(seed, {})[side] = command.summarize(result)
+        with agent.untrained():
+            untrained = command.measure(make_env, agent, config)
+        facts["games"][seed] = {"untrained": untrained,
+                                "trained": command.measure(make_env, agent, config)}
     return facts
 
 
@@ -492,8 +490,8 @@ def ability(job, folder):
     """Ask a trained agent's LLM the questions of BIG-bench."""
     from experiments import ability as asking
     asking.harness()  # what is missing shows before a run is trained
-    asking.read_task(asking.ARCHIVE, asking.TASKS[0])
-    return asking.measure(run_of(job, folder), asking.ARCHIVE)
+    tasks = asking.read_tasks(asking.ARCHIVE)
+    return asking.measure(run_of(job, folder), tasks)
 
 
 KINDS = {"learn": learn, "transfer": transfer, "untrained": untrained, "random": random,
@@ -1177,23 +1175,25 @@ def ability_table(found, model):
     """What the LLM can still do: BIG-bench's questions, answered by the base and by agents."""
     groups = {task: select(found, "ability", model=model, task=task) for task in TASKS}
     groups = {task: records for task, records in groups.items() if records}
+    sides = ("trained", "merged")
     header = ["task", "questions", "chance", "base", "counts"]
-    header += [f"{task}, {side}: points" for task in groups for side in ("trained", "merged")]
+    header += [f"{task}, {side}: points" for task in groups for side in sides]
+    if not groups:
+        return header, []
+
+    def gains(tasks):
+        return ["{:+.2f} ± {:.2f}".format(*kept(records, tasks, side))
+                for records in groups.values() for side in sides]
+
+    [first, *_] = groups.values()
+    counts = judged_tasks(first)
     rows = []
-    if groups:
-        [first, *_] = groups.values()
-        counts = judged_tasks(first)
-        lines = {task: [task] for task in counts}
-        lines["mean of those that count"] = [task for task, counted in counts.items() if counted]
-        for label, tasks in lines.items():
-            facts = first[0]["ability"].get(label)
-            head = ["", "", "", ""] if facts is None else [
-                f"{len(facts['base'])}", f"{facts['chance']:.1%}",
-                f"{right(facts['base']).mean():.1%}", "yes" if counts[label] else "no"]
-            if tasks:
-                rows.append([label, *head, *("{:+.2f} ± {:.2f}".format(*kept(records, tasks, side))
-                                             for records in groups.values()
-                                             for side in ("trained", "merged"))])
+    for task, facts in first[0]["ability"].items():
+        base = right(facts["base"])
+        rows.append([task, f"{len(base)}", f"{facts['chance']:.1%}", f"{base.mean():.1%}",
+                     "yes" if counts[task] else "no", *gains([task])])
+    if counted := [task for task in counts if counts[task]]:
+        rows.append(["mean of those that count", "", "", "", "", *gains(counted)])
     return header, rows
 
 

@@ -118,8 +118,10 @@ def log_probs(model, ids):
 def merged(model):
     """Within it, the adapter is added into the base's own weights, in their number format."""
     model.merge_adapter()
-    yield
-    model.unmerge_adapter()
+    try:
+        yield
+    finally:
+        model.unmerge_adapter()
 
 
 def compare(model, rows):

@@ -625,15 +625,16 @@ def test_the_same_questions_are_drawn_each_time():
 
 def test_an_archive_that_cannot_be_asked_is_one_line(archive, tmp_path, monkeypatch, capsys):
     path = archive({"general_knowledge": LEGS})
-    assert ability.read_task(path, "general_knowledge") == LEGS
+    names = ["general_knowledge"]
+    assert ability.read_tasks(path, names) == {"general_knowledge": LEGS}
     with pytest.raises(ability.AbilityError, match="has no task timedial; take bigbench-1.0.0"):
-        ability.read_task(path, "timedial")
+        ability.read_tasks(path, ["timedial"])
     with pytest.raises(ability.AbilityError, match="there is no .*none; pip download"):
-        ability.read_task(str(tmp_path / "none"), "timedial")
+        ability.read_tasks(str(tmp_path / "none"), ["timedial"])
     with open(path, "r+b") as file:
         file.truncate(100)
     with pytest.raises(ability.AbilityError, match="cannot be read .*; fetch it again"):
-        ability.read_task(path, "general_knowledge")
+        ability.read_tasks(path, names)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert ability.main([str(tmp_path)]) == 2
     assert "the harness is missing" in capsys.readouterr().err
