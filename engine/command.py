@@ -180,7 +180,11 @@ def new_config(given):
     table = preset(given.pop("preset", usual), given["env"], given["task"])
     if model not in ("pocket_lm", "smollm2"):
         given["model"] = models.locate(model)  # a run must find it again from another folder
-    return check(Config(**{**table, **given}))
+    config = Config(**{**table, **given})
+    # A preset's minibatch is at most a rollout, so that --num-envs may be small.
+    rollout = config.num_envs * config.rollout_steps
+    config.minibatch = given.get("minibatch", min(config.minibatch, rollout))
+    return check(config)
 
 
 def config_of(folder, given, resumed=False):

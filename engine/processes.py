@@ -39,8 +39,7 @@ def together():
     try:
         yield
     except RuntimeError as error:
-        why = str(error).splitlines()[0]
-        raise ProcessLost(f"another process has ended ({why:.100})") from error
+        raise ProcessLost(f"another process has ended ({error!s:.100})") from error
 
 
 def join():

@@ -75,9 +75,8 @@ class Trainer(ppo.PPO):
 
     def policy_gradient(self, rollout, advantages, batch):
         """Compute this process's share of a minibatch in parts, and add up over all processes."""
-        parts = [batch]
-        if self.config.gradient_accumulation * self.world > 1:
-            parts = self.parts(rollout, batch)
+        several = self.config.gradient_accumulation * self.world > 1
+        parts = self.parts(rollout, batch) if several else [batch]
         measured = {"policy_loss": 0.0, "kl": 0.0}
         try:
             for part in parts:

@@ -176,11 +176,10 @@ def _attention(trees, layout, model):
     for b, tree in enumerate(trees):
         visible[b, :len(tree.ids), :len(tree.ids)] = tree.visible
     visible, positions = visible.to(model.device), positions.to(model.device)
-    masks = {}
+    masks, lowest = {}, torch.finfo(model.dtype).min
     for kind, window in layout.items():
         near = window is None or positions[:, :, None] - positions[:, None] < window  # [B, S, S]
-        seen = visible & near
-        masks[kind] = torch.where(seen, 0.0, torch.finfo(model.dtype).min)[:, None].to(model.dtype)
+        masks[kind] = torch.where(visible & near, 0.0, lowest)[:, None].to(model.dtype)
     return {"position_ids": positions, "attention_mask": masks.get("single", masks)}
 
 

@@ -46,8 +46,7 @@ class Report(contextlib.ExitStack):
         super().__init__()
         self.config, self.run, self.trainer, self.make_env = config, run, learner, make_env
         self.best, self.first = getattr(make_env(), "best_return", None), learner.rank == 0
-        # When the curve is drawn next, in the run's seconds; 0 until a checkpoint is made here.
-        self.clocks, self.due = (time.perf_counter(), time.process_time()), 0.0
+        self.clocks, self.drawn = (time.perf_counter(), time.process_time()), run.seconds
 
     def spend(self):
         """Add the seconds since the last call to the run's, which a resume goes on counting."""
@@ -100,15 +99,15 @@ class Report(contextlib.ExitStack):
             self.bar.update()
 
     def checkpoint(self, agent):
-        """Write a checkpoint, and draw the curve as far as it goes.
+        """Write a checkpoint, and every 30 seconds (our choice) draw the curve so far.
 
-        Our choice: at most every 30 seconds, because a picture takes a third of one.
+        A picture takes a second the first time, and half of one after that.
         """
         self.spend()
         self.run.checkpoint(agent, self.trainer)
-        if self.first and self.run.seconds >= self.due:
+        if self.first and self.run.seconds >= self.drawn + 30:
             draw_curve(self.run)
-            self.due = self.run.seconds + 30
+            self.drawn = self.run.seconds
 
     def stopped(self, code):
         """Say how to go on after a signal. Returns the exit code."""
@@ -125,7 +124,7 @@ class Report(contextlib.ExitStack):
             return 0
         folder, config = runs.quote(self.run.folder), self.config
         # A run that went on from before its end (--from) is evaluated again.
-        if os.path.exists(self.run.path("summary.json")) and not self.due:
+        if self.bar.initial == self.bar.total and os.path.exists(self.run.path("summary.json")):
             say(f"{folder} is finished: nothing is left to do")
         else:
             result = measure(self.make_env, agent, config)

@@ -439,10 +439,18 @@ def test_every_preset_serves_every_task(preset, task):
 
 
 def test_the_model_chooses_the_preset():
-    assert command.parse([])[0].policy_lr == 3e-3
+    assert command.parse([])[0].policy_lr == 4e-3
     assert command.parse(["--model", "smollm2"])[0].policy_lr == 5e-4
     assert command.parse(["--model", "somebody/their-llm"])[0].policy_lr == 5e-4
     assert command.parse(["--model", "smollm2", "--preset", "paper"])[0].policy_lr == 5e-7
+
+
+def test_a_presets_minibatch_is_at_most_a_rollout():
+    assert command.parse(["--num-envs", "2"])[0].minibatch == 64
+    assert command.parse(["--model", "smollm2", "--num-envs", "4"])[0].minibatch == 128
+    assert command.parse(["--num-envs", "2", "--minibatch", "32"])[0].minibatch == 32
+    with pytest.raises(ppo.PPOError, match="= 64 samples"):
+        command.parse(["--num-envs", "2", "--minibatch", "128"])
 
 
 def test_a_flag_wins_over_its_preset():

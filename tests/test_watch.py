@@ -591,9 +591,20 @@ def test_the_curve_is_drawn_at_checkpoints_and_when_a_signal_stops_the_run(
         tmp_path, monkeypatch, capfd):
     """And not at every one of them, where they follow each other fast."""
     drawn = []
-    monkeypatch.setattr(watch, "draw_curve", lambda run: drawn.append(run.folder))
+    monkeypatch.setattr(watch, "draw_curve", lambda run: drawn.append(run.seconds))
     assert twosome.main([*TINY, "--out", str(tmp_path / "run")]) == 0
-    assert len(drawn) == 2  # at the first checkpoint and at the end
+    assert len(drawn) == 1  # at the end alone: a tiny run's checkpoints follow each other fast
+    spend = watch.Report.spend
+
+    def slow(self):
+        spend(self)
+        self.run.seconds += 40
+    monkeypatch.setattr(watch.Report, "spend", slow)
+    drawn.clear()
+    assert twosome.main([*TINY, "--out", str(tmp_path / "slow")]) == 0
+    assert len(drawn) > 1 and drawn[0] < drawn[-1]
+    monkeypatch.setattr(watch.Report, "spend", spend)
+    drawn.clear()
     iterate = trainer.Trainer.iterate
 
     def interrupted(self):
@@ -601,7 +612,7 @@ def test_the_curve_is_drawn_at_checkpoints_and_when_a_signal_stops_the_run(
         return iterate(self)
     monkeypatch.setattr(trainer.Trainer, "iterate", interrupted)
     assert twosome.main([*TINY, "--out", str(tmp_path / "other")]) == 130
-    assert len(drawn) == 4 and "stopped after update 1 of 3; go on" in capfd.readouterr().out
+    assert len(drawn) == 1 and "stopped after update 1 of 3; go on" in capfd.readouterr().out
 
 
 def test_tensorboard_reads_the_logs(finished):
