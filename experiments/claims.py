@@ -1431,10 +1431,13 @@ def write_text(path, text):
 
 
 def write_csv(options, name, rows):
-    """Write a table as comma-separated values."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    write_text(os.path.join(options.out, f"{name}.csv"), text.getvalue())
+    """Write a table as comma-separated values; leave no file where only its header is known."""
+    path, text = os.path.join(options.out, f"{name}.csv"), io.StringIO()
+    if len(rows) > 1:
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        write_text(path, text.getvalue())
+    elif os.path.exists(path):
+        os.remove(path)
 
 
 # -----------------------------------------------------------------------------
