@@ -12,6 +12,7 @@ Read it from top to bottom. One iteration of training is, in this order,
       gae                    advantages and returns; an action of tau steps discounts by gamma^tau
       PPO.update             epochs of minibatches, and for each of them
         PPO.critic_step      value_loss, then PPO.step
+        PPO.hold             the KL to the policy's own beginning, if asked for
         PPO.policy_gradient  policy_loss, entropy, approximate_kl
         PPO.step             the optimiser's step
 
@@ -24,12 +25,14 @@ This file imports nothing of the project and knows no language model. An agent i
     values(items) -> [B]                 V of each item, float32; gradients to the critic alone
     policy_parameters(), value_parameters()
     policy_changed()                     called after every step of the policy
+    drift(turn) -> scalar                for Config.base_kl alone: how far the policy has moved from
+                                         its beginning, in nats, with gradients; turn counts calls
 
 Our deliberate differences from the published code: a time limit is a truncation, not an end; the
 advantages are normalised over the whole rollout, with a floor under their deviation; policy and
 critic have gradient norms of their own; the bound on the KL is checked before a step, not after it;
 gamma is the same inside a macro-action and after it; a rollout whose advantages are all zero leaves
-the policy alone, entropy bonus included.
+the policy alone, entropy bonus included; a penalty can hold the policy to its beginning.
 """
 import dataclasses
 
@@ -52,13 +55,11 @@ def gae(rewards, values, next_values, discounts, terminated, ended, gae_lambda):
     `ended` means terminated or cut by the time limit: nothing flows back from the next episode.
     Returns the advantages and the returns, both [T, N].
     """
-    alive = 1.0 - terminated.float()
-    deltas = rewards + discounts * next_values * alive - values
+    deltas = rewards + discounts * next_values * (1.0 - terminated.float()) - values
     advantages = torch.zeros_like(rewards)
     running = torch.zeros_like(rewards[0])
     for t in reversed(range(len(rewards))):
-        carry = discounts[t] * gae_lambda * (1.0 - ended[t].float())
-        running = deltas[t] + carry * running
+        running = deltas[t] + discounts[t] * gae_lambda * (1.0 - ended[t].float()) * running
         advantages[t] = running
     return advantages, advantages + values
 
@@ -133,6 +134,7 @@ class Config:
     value_coefficient: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # bound on the norm of each gradient
     target_kl: float = 0.02  # no step beyond 1.5 times this KL; 0: no bound
+    base_kl: float = 0.0  # weight of the KL to the base; 0: no penalty
 
     def validate(self):
         """Raise PPOError for sizes that do not fit each other."""
@@ -163,8 +165,7 @@ def sample(log_probs, rng):
     if not torch.isfinite(cumulative[-1]):
         raise FloatingPointError("the policy's log-probabilities are not finite")
     draw = rng.random() * cumulative[-1].item()
-    choice = int((cumulative <= draw).sum())
-    return min(choice, len(log_probs) - 1)
+    return min(int((cumulative <= draw).sum()), len(log_probs) - 1)
 
 
 def act(env, info, choice):
@@ -267,8 +268,7 @@ class PPO:
             items += now
             for n, log_pi in enumerate(self.agent.log_probs(now)):  # [A]
                 choice = sample(log_pi, self.rngs[n])
-                _, info = self.now[n]
-                obs, reward, done, cut, info = act(self.envs[n], info, choice)
+                obs, reward, done, cut, info = act(self.envs[n], self.now[n][1], choice)
                 choices[t, n] = choice
                 log_probs[t, n] = log_pi[choice]
                 entropies[t, n] = entropy(log_pi)
@@ -307,10 +307,11 @@ class PPO:
         # knows already.
         improving = bool(advantages.any())
 
-        for batch in self.minibatches(len(rollout.items)):
+        for turn, batch in enumerate(self.minibatches(len(rollout.items)), self.updates):
             rows.append(self.critic_step(rollout, returns, batch))
             if not improving:
                 continue
+            self.hold(turn)
             measured = self.policy_gradient(rollout, advantages, batch)
             rows.append(measured)
 
@@ -333,6 +334,11 @@ class PPO:
         (self.config.value_coefficient * loss).backward()
         self.step(self.value_optimizer)
         return {"value_loss": loss.item()}
+
+    def hold(self, turn):
+        """Add the gradient that holds the policy to its beginning (our choice)."""
+        if self.config.base_kl:
+            (self.config.base_kl * self.agent.drift(turn)).backward()
 
     def policy_gradient(self, rollout, advantages, batch):
         """Add the gradient of the clipped surrogate, minus the entropy bonus, to the policy's own.
@@ -401,8 +407,7 @@ class Episodes:
                 self.ended.append(list(map(float, row)))
                 self.began[n] = self.began.max() + 1
                 self.count += 1
-            self.returns[ended] = 0.0
-            self.lengths[ended] = 0.0
+            self.returns[ended] = self.lengths[ended] = 0.0
         self.primitive_steps += int(rollout.durations.sum())
 
     def means(self):

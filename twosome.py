@@ -22,8 +22,8 @@ Read this file from top to bottom; sections 4.1 and 4.2 can be copied together w
 alone. Nothing in engine/ changes a result: it makes the same results fast, safe and distributed.
 
 Our deliberate differences: the phrase is scored together with the space before it; the critic's
-last layer starts at zero; the LoRA weights are float32 whatever the base is in. Those of the
-training are in ppo.py.
+last layer starts at zero; the LoRA weights are float32 whatever the base is in; a penalty holds the
+policy to the base (Agent.drift). Those of the training are in ppo.py.
 """
 import contextlib
 import dataclasses
@@ -163,12 +163,9 @@ def score_actions(model, tokenizer, prompts, phrases, normalization="word"):
                                 " phrases; give one list for each prompt")
     cut = [tokenize(tokenizer, prompt, tuple(actions))
            for prompt, actions in zip(prompts, phrases, strict=True)]
-    items = [(prompt_ids, tails) for prompt_ids, tails, _ in cut]
-    policies = []
-    for log_probs, (_, tails, seams), actions in zip(
-            trie.token_log_probs(model, items), cut, phrases, strict=True):
-        policies.append(policy(log_probs, tails, seams, actions, normalization))
-    return policies
+    scores = trie.token_log_probs(model, [(prompt_ids, tails) for prompt_ids, tails, _ in cut])
+    return [policy(log_probs, tails, seams, actions, normalization)
+            for log_probs, (_, tails, seams), actions in zip(scores, cut, phrases, strict=True)]
 
 
 # -----------------------------------------------------------------------------
@@ -286,6 +283,8 @@ class Agent:
         # Our choice: the last layer starts at zero. A random value is noise in the first
         # advantages, and under a sparse reward there is nothing but noise.
         torch.nn.init.zeros_(self.critic[-1].weight)
+        # The base writes these texts when `drift` first asks for them.
+        self.own_texts = functools.cache(functools.partial(models.own_texts, self.model, tokenizer))
 
     def describe(self, obs, info):
         """Return the item of an observation: its prompt and the phrases of its actions."""
@@ -341,6 +340,19 @@ class Agent:
         """Return V(d) of each item: float32 [B]. Gradients reach the MLP alone."""
         return self.critic(self.features([prompt for prompt, _ in items]))[:, 0]
 
+    def drift(self, turn):
+        """Return KL(base || policy) in nats a token, over two of 128 texts that the base wrote.
+
+        Our choice: it keeps what the LLM knows where the reward is silent. The base's own texts
+        need no data, and they are where it is at home. Each turn takes the next two of them.
+        """
+        texts = self.own_texts()  # [128, S]
+        ids = texts[torch.arange(2 * turn, 2 * turn + 2) % len(texts)]  # [2, S]
+        with torch.no_grad(), self.model.disable_adapter():
+            base = self.model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+        here = self.model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+        return (base.exp() * (base - here)).sum(-1).mean()  # over [2, S, V]
+
     def tree(self, item):
         """Return the trie of one item's tokens, from which its cost can be told."""
         return trie.build_tree([tokenize(self.tokenizer, *item)[:2]])
@@ -358,13 +370,11 @@ class Agent:
 # Training (section 4.3).
 
 
-def seed_everything(seed, threads=None):
-    """Seed every generator; with `threads`, also set PyTorch's number. Call it before building."""
+def seed_everything(seed):
+    """Seed every generator. Call it before building."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    if threads:
-        torch.set_num_threads(threads)
 
 
 def make_world(config):
@@ -457,17 +467,15 @@ def evaluate(config, options, agent):
 
 
 def token_table(agent, prompt, phrases):
-    """Return a row for each phrase: (phrase, log P, pi by each normalisation, its tokens)."""
+    """Yield a row for each phrase: (phrase, log P, pi by each normalisation, its tokens)."""
     prompt_ids, tails, seams = tokenize(agent.tokenizer, prompt, tuple(phrases))
     with torch.no_grad():
         log_probs, = trie.token_log_probs(agent.model, [(prompt_ids, tails)])
         policies = [policy(log_probs, tails, seams, phrases, name) for name in NORMALIZATIONS]
-    rows = []
     for k, phrase in enumerate(phrases):
         pieces = agent.tokenizer.convert_ids_to_tokens(list(tails[k]))
         chances = [log_pi[k].exp().item() for log_pi in policies]
-        rows.append((phrase, log_probs[k].sum().item(), chances, pieces))
-    return rows
+        yield phrase, log_probs[k].sum().item(), chances, pieces
 
 
 def dispatch(argv, gate):

@@ -161,7 +161,8 @@ def vector(job):
     masked = {} if mask else {"mask": False}
     counted = {**masked, **({"view": told["view"]} if "view" in told else {})}
     make = functools.partial(envs.make, env, task=task)
-    twosome.seed_everything(job["seed"], threads=1)
+    twosome.seed_everything(job["seed"])
+    torch.set_num_threads(1)
     learner = ppo.PPO(lambda: Twin(make(**told, **masked), make(**counted)),
                       Vector(make()), config, job["seed"])
     gamma = make().gamma

@@ -264,6 +264,21 @@ def retention_jobs(options):
     return found
 
 
+def holding_jobs(options):
+    """Agents that are not held to the base: what they do elsewhere, and what their LLM keeps."""
+    found = []
+    tasks = [task for task in options.tasks if task in SHORT]
+    for model, task, seed in itertools.product(options.models, tasks, options.seeds[:3]):
+        learned = learn_job(options, model, "word", task, seed, "not-held", **{"base-kl": 0})
+        arguments = {**learned.arguments, "run": learned.name}
+        found += [learned,
+                  Job(f"transfer-{model}-{task}-{seed}-not-held", "transfer", arguments,
+                      len(EVERY) * PLAY[model]),
+                  Job(f"retention-{model}-{task}-{seed}-not-held", "retention", arguments,
+                      {"pocket_lm": 1, "smollm2": 8}[model])]
+    return found
+
+
 LAKES = {  # label: a world, its options, steps
     "named": ("examples/frozen_lake.py:frozen_lake", "", 7680),
     "poor": ("experiments/lakes.py:poor", "", 10240),
@@ -303,8 +318,9 @@ def ability_jobs(options):
 GROUPS = {"learning": learning_jobs, "transfer": transfer_jobs,
           "normalisation": normalisation_jobs,
           "baselines": baseline_jobs, "saycan": saycan_jobs, "mask": mask_jobs,
-          "retention": retention_jobs, "ability": ability_jobs, "worlds": world_jobs,
-          "prompts": prompt_jobs, "ablations": ablation_jobs, "tuning": tuning_jobs}
+          "retention": retention_jobs, "holding": holding_jobs, "ability": ability_jobs,
+          "worlds": world_jobs, "prompts": prompt_jobs, "ablations": ablation_jobs,
+          "tuning": tuning_jobs}
 
 
 def table_of_jobs(options):
@@ -1097,8 +1113,8 @@ def retention_table(found, model):
     """What the LLM keeps of itself: perplexity and KL to the base, mean and interval over seeds."""
     rows = []
     for task, text in itertools.product(TASKS, ("real", "own")):
-        sides = [record[text] for record in select(found, "retention", model=model, task=task)
-                 if text in record]
+        sides = [record[text] for record in
+                 select(found, "retention", model=model, task=task, variant=None) if text in record]
         if sides:
             rows.append([task, {"real": "real English", "own": "its own kind"}[text],
                          f"{sides[0]['tokens']:,}", f"{sides[0]['perplexity']['base']:,.2f}",
@@ -1107,6 +1123,30 @@ def retention_table(found, model):
                          plus_minus([side["trained"]["kl"] for side in sides], ".4f")])
     return ["trained on", "text", "tokens", "perplexity of the base", "trained: change in %",
             "merged: change in %", "KL, nats a token"], rows
+
+
+def holding_table(found, model):
+    """What holding the policy to its base gives: elsewhere, and to the LLM. Seeds 1 to 3."""
+    rows = []
+    # The base's kind of text: real English, and for pocket_lm lines of a home.
+    text = {"pocket_lm": "own", "smollm2": "real"}[model]
+    for task, variant in itertools.product(SHORT, (None, "not-held")):
+        runs = [run for run in learned(found, model, task, variant=variant)
+                if run["arguments"]["seed"] <= 3 and len(run["transfer"]) == len(EVERY) - 1]
+        kept = [record[text]["trained"] for record in select(
+            found, "retention", model=model, task=task, variant=variant)]
+        if runs and kept:
+            before = [untrained_result(found, model, other) for other in EVERY if other != task]
+            cells = [task, variant or "held", plus_minus(returns(runs), ".4f")]
+            for name in ("return", "success"):
+                after = [np.mean([result[name] for result in run["transfer"].values()])
+                         for run in runs]
+                known = np.mean([result[name] for result in before])
+                cells.append(f"{plus_minus(after)} ({known:.3f})")
+            rows.append(cells + [plus_minus([side["change_percent"] for side in kept], ".2f"),
+                                 plus_minus([side["kl"] for side in kept], ".4f")])
+    return ["trained on", "policy", "return", "return on the 14 unseen tasks (untrained LLM)",
+            "success there (untrained LLM)", "perplexity: change in %", "KL, nats a token"], rows
 
 
 def worlds_table(found, model):
@@ -1361,9 +1401,9 @@ TABLES = {"learning": learning_table, "transfer": transfer_table, "efficiency": 
           "aggregate": aggregate_table, "saycan": saycan_table, "norms": norms_table,
           "temperature": temperature_table, "lengths": lengths_table,
           "principles": principles_table, "uneven": uneven_table, "rewording": rewording_table,
-          "mask": mask_table, "retention": retention_table, "ability": ability_table,
-          "worlds": worlds_table, "quest": quest_table, "ablations": ablations_table,
-          "tuning": tuning_table, "claims": claims_table}
+          "mask": mask_table, "retention": retention_table, "holding": holding_table,
+          "ability": ability_table, "worlds": worlds_table, "quest": quest_table,
+          "ablations": ablations_table, "tuning": tuning_table, "claims": claims_table}
 
 
 # -----------------------------------------------------------------------------

@@ -79,6 +79,88 @@ def close(one, other, atol=1e-4):
 
 
 # -----------------------------------------------------------------------------
+# Held to the base: KL(base || policy) on what the base writes by itself.
+
+
+def divergence(agent, ids):
+    """The definition, token by token: the mean of sum_w P(w) (log P(w) - log Q(w)), in nats."""
+    total = 0.0
+    for row in ids:
+        with agent.model.disable_adapter():
+            base = agent.model(input_ids=row[None]).logits[0].log_softmax(-1)
+        here = agent.model(input_ids=row[None]).logits[0].log_softmax(-1)
+        for p, q in zip(base, here, strict=True):
+            total += sum((p.exp() * (p - q)).tolist())
+    return total / ids.numel()
+
+
+def test_the_base_writes_the_same_texts_whatever_the_adapter_is(agent):
+    disturb(agent)
+    state = torch.random.get_rng_state()
+    texts = agent.own_texts()
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert texts.shape == (128, 64) and len({tuple(row) for row in texts.tolist()}) == 128
+    assert torch.equal(texts, fresh().own_texts())
+    assert (texts[:, 0] == agent.tokenizer.bos_token_id).all()
+    assert "hold" in agent.tokenizer.decode(texts.flatten())  # it writes of homes
+
+
+def test_an_untrained_policy_has_not_drifted(reader):
+    with torch.no_grad():
+        assert reader.drift(0).item() == 0.0
+
+
+def test_drift_is_the_definition_on_the_next_two_texts(agent):
+    disturb(agent)
+    texts = agent.own_texts()
+    with torch.no_grad():
+        for turn, rows in ((0, slice(0, 2)), (63, slice(126, 128)), (64, slice(0, 2))):
+            wanted = divergence(agent, texts[rows])
+            assert agent.drift(turn).item() == pytest.approx(wanted, abs=1e-4)
+            assert wanted > 0.01
+
+
+def test_the_gradient_of_drift_reaches_the_adapter_alone_and_leads_back(agent):
+    disturb(agent)
+    optimizer = torch.optim.SGD(agent.policy_parameters(), lr=0.02)
+    first = agent.drift(0)
+    first.backward()
+    assert all(p.grad is not None for p in agent.policy_parameters())
+    others = [p for p in agent.model.parameters() if not p.requires_grad]
+    assert all(p.grad is None for p in [*others, *agent.value_parameters()])
+    optimizer.step()
+    assert agent.drift(0).item() < first.item()
+
+
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+def test_every_architecture_can_be_held(name):
+    agent = twosome.Agent(tiny.model(name, attention="eager"), tiny.metaspace_bpe())
+    with torch.no_grad():
+        assert agent.drift(0).item() == pytest.approx(0.0, abs=1e-5)
+        disturb(agent)
+        assert agent.drift(1).item() > 0
+
+
+@pytest.mark.parametrize("special, first", [
+    ({}, 0), ({"eos_token": "<e>"}, "<e>"), ({"eos_token": "<e>", "bos_token": "<b>"}, "<b>")])
+def test_a_text_opens_with_what_the_tokenizer_has_for_it(special, first):
+    tokenizer = tiny.byte_bpe(**special)
+    texts = twosome.Agent(tiny.model("llama", vocabulary=400), tokenizer).own_texts()
+    assert texts.shape == (128, 64)  # none is shorter, whatever ends a text
+    assert set(texts[:, 0].tolist()) == {tokenizer.convert_tokens_to_ids(first) if first else 0}
+
+
+def test_a_policy_that_is_held_keeps_more_of_its_base():
+    def drifted(weight):
+        agent = fresh()
+        train(learner(agent, 640, base_kl=weight))
+        with torch.no_grad():
+            return np.mean([agent.drift(turn).item() for turn in range(64)])
+    free, held = drifted(0.0), drifted(5.0)
+    assert held < 0.5 * free
+
+
+# -----------------------------------------------------------------------------
 # Actor and critic on one frozen LLM.
 
 
@@ -431,7 +513,8 @@ def test_loading_leaves_the_folder_alone(run, tmp_path):
 
 
 def trained_from_python(seed):
-    twosome.seed_everything(seed, threads=1)
+    twosome.seed_everything(seed)
+    torch.set_num_threads(1)
     agent = twosome.Agent(*models.load("pocket_lm"))
     return agent, train(learner(agent, 128))
 

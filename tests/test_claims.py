@@ -178,7 +178,7 @@ def test_a_finished_run_leaves_one_small_file(campaign):
     assert record["summary"]["primitive_steps"] == 256
     assert 100 < record["peak_mib"] < 4000
     assert record["transfer"] == {}
-    assert record["settings"]["policy_lr"] == 2e-3
+    assert record["settings"]["policy_lr"] == 3e-3
 
 
 def test_what_is_stored_is_not_measured_again(campaign):

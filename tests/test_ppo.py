@@ -464,6 +464,32 @@ def test_the_parts_of_a_minibatch_add_up_to_the_whole():
         assert sums == pytest.approx(measures, abs=1e-6)
 
 
+def test_the_penalty_adds_its_weight_times_the_drift():
+    """A world without a reward that differs: then the drift alone moves the policy."""
+    class Held(MLP):
+        def drift(self, turn):
+            self.turns.append(turn)
+            return self.actor[-1].bias.sum()
+    agent = Held(4, 2)
+    agent.turns = []
+    trainer = ppo.PPO(Corridor, agent, dataclasses.replace(SMALL, base_kl=0.5), seed=1)
+    trainer.hold(7)
+    assert agent.turns == [7] and agent.actor[-1].bias.grad.tolist() == [0.5, 0.5]
+    agent.actor.zero_grad()
+    trainer.iterate()
+    per_update = 128 // SMALL.minibatch * SMALL.epochs
+    assert agent.turns[1:] == list(range(len(agent.turns) - 1)) and 0 < len(agent.turns) - 1
+    assert len(agent.turns) - 1 <= per_update
+    agent.turns.clear()
+    trainer.iterate()
+    assert agent.turns[0] == 1  # the next update begins one text group later
+
+
+def test_without_a_penalty_no_agent_needs_to_know_its_drift():
+    assert ppo.Config().base_kl == 0.0 and not hasattr(MLP(4, 2), "drift")
+    ppo.PPO(Corridor, MLP(4, 2), SMALL, seed=1).hold(0)
+
+
 def test_the_bound_on_the_kl_is_checked_before_the_step():
     """The first minibatch's KL is 0 and steps; the second is refused before it moves anything."""
     agent = MLP(4, 2)
