@@ -55,11 +55,11 @@ def gae(rewards, values, next_values, discounts, terminated, ended, gae_lambda):
     `ended` means terminated or cut by the time limit: nothing flows back from the next episode.
     Returns the advantages and the returns, both [T, N].
     """
-    deltas = rewards + discounts * next_values * (1.0 - terminated.float()) - values
+    deltas = rewards + discounts * next_values * terminated.logical_not() - values
     advantages = torch.zeros_like(rewards)
     running = torch.zeros_like(rewards[0])
     for t in reversed(range(len(rewards))):
-        running = deltas[t] + discounts[t] * gae_lambda * (1.0 - ended[t].float()) * running
+        running = deltas[t] + discounts[t] * gae_lambda * ended[t].logical_not() * running
         advantages[t] = running
     return advantages, advantages + values
 
@@ -264,7 +264,7 @@ class PPO:
         log_probs, entropies, rewards, durations, successes = torch.zeros(5, T, N)
         terminated, ended = torch.zeros(2, T, N, dtype=torch.bool)
         for t in range(T):
-            now = [self.agent.describe(obs, info) for obs, info in self.now]
+            now = [self.agent.describe(*told) for told in self.now]
             items += now
             for n, log_pi in enumerate(self.agent.log_probs(now)):  # [A]
                 choice = sample(log_pi, self.rngs[n])
@@ -274,8 +274,8 @@ class PPO:
                 entropies[t, n] = entropy(log_pi)
                 rewards[t, n] = reward
                 durations[t, n] = info.get("duration", 1)
-                terminated[t, n] = bool(done)
-                ended[t, n] = bool(done or cut)
+                terminated[t, n] = done
+                ended[t, n] = done or cut
                 # A world that does not tell its success counts as solved if its episode ends, or
                 # is cut, on a reward.
                 successes[t, n] = ended[t, n] and info.get("success", reward > 0)
@@ -287,7 +287,7 @@ class PPO:
 
         # The critic chooses no action, so ask for all values at once. V(s_{t+1}) stands one row
         # below V(s_t); after the last row, it is the value of where the environments stand now.
-        after = [self.agent.describe(obs, info) for obs, info in self.now]
+        after = [self.agent.describe(*told) for told in self.now]
         values = self.agent.values(items + after).cpu().view(T + 1, N)
         next_values = values[1:].clone()
         for (t, n), item in finals.items():
@@ -305,7 +305,7 @@ class PPO:
         # started at zero (twosome.Agent). There is nothing to learn yet: leave the policy alone.
         # This includes the entropy bonus (our choice), which alone would wear down what the LLM
         # knows already.
-        improving = bool(advantages.any())
+        improving = advantages.any()
 
         for turn, batch in enumerate(self.minibatches(len(rollout.items)), self.updates):
             rows.append(self.critic_step(rollout, returns, batch))
@@ -323,7 +323,7 @@ class PPO:
                 self.step(self.policy_optimizer)
                 self.agent.policy_changed()
         # Clear the gradient of a step that was not taken.
-        self.policy_optimizer.zero_grad(set_to_none=True)
+        self.policy_optimizer.zero_grad()
         return means(rows, ("policy_loss", "value_loss", "kl"))
 
     def critic_step(self, rollout, returns, batch):
@@ -372,7 +372,7 @@ class PPO:
         parameters = optimizer.param_groups[0]["params"]
         torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
 
 
 def means(rows, names):

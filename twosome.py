@@ -346,8 +346,7 @@ class Agent:
         Our choice: it keeps what the LLM knows where the reward is silent. The base's own texts
         need no data, and they are where it is at home. Each turn takes the next two of them.
         """
-        texts = self.own_texts()  # [128, S]
-        ids = texts[torch.arange(2 * turn, 2 * turn + 2) % len(texts)]  # [2, S]
+        ids = self.own_texts()[turn % 64]  # [2, S]
         with torch.no_grad(), self.model.disable_adapter():
             base = self.model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
         here = self.model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
@@ -491,7 +490,8 @@ def dispatch(argv, gate):
         gate.run = None if rank else runs.Run(options.resume)
     agent, make_env = build(config)  # before a folder is made: what cannot be built leaves none
     if options.tokens:
-        return command.show_tokens(token_table(agent, options.prompt, options.tokens), options)
+        # Make all rows first: nothing is printed of texts that cannot be scored.
+        return command.show_tokens([*token_table(agent, options.prompt, options.tokens)], options)
     if options.folder:
         runs.load_agent(options.folder, agent)
     if options.eval is not None:

@@ -256,18 +256,19 @@ def add_lora(model, rank=8, alpha=16, targets=""):
 # -----------------------------------------------------------------------------
 # What the base writes by itself.
 
-def own_texts(model, tokenizer, count=128, length=64):
-    """Return texts that a peft model's base writes, ids [count, length]: the same every time.
+def own_texts(model, tokenizer, pairs=64, length=64):
+    """Return texts that a peft model's base writes, ids [pairs, 2, length]: the same every time.
 
     They are drawn token by token at temperature 1, and go on where a text would end.
     """
     opening = tokenizer.bos_token_id, tokenizer.eos_token_id, 0
     first = next(token for token in opening if token is not None)
-    begun = torch.full((count, 1), first, device=model.device)
+    ids = torch.full((2 * pairs, 1), first, device=model.device)
     with torch.random.fork_rng(), model.disable_adapter():
         torch.manual_seed(0)
-        return model.generate(input_ids=begun, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                              min_new_tokens=length - 1, max_new_tokens=length - 1)
+        ids = model.generate(input_ids=ids, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                             min_new_tokens=length - 1, max_new_tokens=length - 1)
+    return ids.view(pairs, 2, length)
 
 
 # -----------------------------------------------------------------------------

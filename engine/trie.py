@@ -86,11 +86,10 @@ def build_tree(items):
     for column, (above, _) in enumerate(nodes):
         visible[column] = visible[above]
         visible[column, column] = True
-    positions = visible.sum(1) - 1
     above, tokens = np.array(list(edges)).T  # [E] each
     parents, rows = np.unique(above, return_inverse=True)
     paths = np.array(list(itertools.zip_longest(*paths, fillvalue=len(edges)))).T
-    arrays = ids, positions[:-1], visible[:-1], parents, np.stack([rows, tokens], 1), paths
+    arrays = ids, visible[:-1].sum(1) - 1, visible[:-1], parents, np.stack([rows, tokens], 1), paths
     return Tree(items, *map(torch.from_numpy, arrays))
 
 

@@ -97,10 +97,10 @@ def divergence(agent, ids):
 def test_the_base_writes_the_same_texts_whatever_the_adapter_is(agent):
     disturb(agent)
     state = torch.random.get_rng_state()
-    texts = agent.own_texts()
+    texts = agent.own_texts().flatten(0, 1)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert texts.shape == (128, 64) and len({tuple(row) for row in texts.tolist()}) == 128
-    assert torch.equal(texts, fresh().own_texts())
+    assert torch.equal(texts, fresh().own_texts().flatten(0, 1))
     assert (texts[:, 0] == agent.tokenizer.bos_token_id).all()
     assert "hold" in agent.tokenizer.decode(texts.flatten())  # it writes of homes
 
@@ -112,7 +112,7 @@ def test_an_untrained_policy_has_not_drifted(reader):
 
 def test_drift_is_the_definition_on_the_next_two_texts(agent):
     disturb(agent)
-    texts = agent.own_texts()
+    texts = agent.own_texts().flatten(0, 1)
     with torch.no_grad():
         for turn, rows in ((0, slice(0, 2)), (63, slice(126, 128)), (64, slice(0, 2))):
             wanted = divergence(agent, texts[rows])
@@ -146,8 +146,9 @@ def test_every_architecture_can_be_held(name):
 def test_a_text_opens_with_what_the_tokenizer_has_for_it(special, first):
     tokenizer = tiny.byte_bpe(**special)
     texts = twosome.Agent(tiny.model("llama", vocabulary=400), tokenizer).own_texts()
-    assert texts.shape == (128, 64)  # none is shorter, whatever ends a text
-    assert set(texts[:, 0].tolist()) == {tokenizer.convert_tokens_to_ids(first) if first else 0}
+    assert texts.shape == (64, 2, 64)  # none is shorter, whatever ends a text
+    opening = tokenizer.convert_tokens_to_ids(first) if first else 0
+    assert (texts[:, :, 0] == opening).all()
 
 
 def test_a_policy_that_is_held_keeps_more_of_its_base():

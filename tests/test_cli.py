@@ -440,8 +440,8 @@ def test_every_preset_serves_every_task(preset, task):
 
 def test_the_model_chooses_the_preset():
     assert command.parse([])[0].policy_lr == 4e-3
-    assert command.parse(["--model", "smollm2"])[0].policy_lr == 5e-4
-    assert command.parse(["--model", "somebody/their-llm"])[0].policy_lr == 5e-4
+    assert command.parse(["--model", "smollm2"])[0].policy_lr == 4e-4
+    assert command.parse(["--model", "somebody/their-llm"])[0].policy_lr == 4e-4
     assert command.parse(["--model", "smollm2", "--preset", "paper"])[0].policy_lr == 5e-7
 
 
