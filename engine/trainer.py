@@ -3,7 +3,6 @@
 `Trainer` is ppo.PPO with a few methods overridden:
 
     rollout            gather the rollouts of several processes into one
-    hold               leave it to the first process: policy_gradient adds the gradients up
     policy_gradient    take a share of a minibatch, in parts, and add up the gradients
     step               leave out a step whose gradient is not finite, and count it
     state_dict, load_state_dict    what a checkpoint needs for a bit-for-bit continuation
@@ -46,6 +45,8 @@ class Trainer(ppo.PPO):
         """Keep this process's share of the environments."""
         self.rank, self.world = place()
         super().__init__(make_env, agent, config, seed)
+        # Each process adds its share of this penalty, for all gradients are added up.
+        self.config = dataclasses.replace(config, base_kl=config.base_kl / self.world)
         self.share = slice(self.rank * config.num_envs // self.world,
                            (self.rank + 1) * config.num_envs // self.world)
         self.envs, self.rngs, self.now = (x[self.share] for x in (self.envs, self.rngs, self.now))
@@ -73,11 +74,6 @@ class Trainer(ppo.PPO):
         items = [item for t in range(self.config.rollout_steps) for part in parts
                  for item in part.items[t * N:(t + 1) * N]]
         return ppo.Rollout(items, **joined)
-
-    def hold(self, turn):
-        """Let one process add this gradient, for all gradients are added up after it."""
-        if self.rank == 0:
-            super().hold(turn)
 
     def policy_gradient(self, rollout, advantages, batch):
         """Compute this process's share of a minibatch in parts, and add up over all processes."""

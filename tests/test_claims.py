@@ -291,8 +291,35 @@ def test_the_tables_say_what_was_stored(invented):
     better = "chance that TWOSOME, word is better then"
     assert both["PPO, equal"][better] == "1.000 (1.000 to 1.000)"
     judged = {row["claim"]: row for row in rows_of(invented, "claims-pocket_lm")}
-    assert judged[next(iter(claims.CLAIMS))]["holds in"] == "4 of 4"
+    first = judged[next(iter(claims.CLAIMS))]
+    assert first["holds in"] == ("4 of 4; not measured everywhere: PPO, tuned,"
+                                 " TWOSOME, random weights")
+    assert first["holds"] == "yes, so far"
     assert len(rows_of(invented, "learning")) == 24
+
+
+def test_what_holding_gives_is_told_beside_the_same_agents_without_it(invented):
+    found = claims.records(claims.parse(["--report", "--out", str(invented)]))
+    for task, env in claims.EVERY.items():
+        found.append({"kind": "untrained", "result": {"return": 0.3, "success": 0.6}, "arguments": {
+            "model": "pocket_lm", "norm": "word", "task": task, "env": env}})
+    for seed in (1, 2):
+        free = {"model": "pocket_lm", "norm": "word", "variant": "not-held"}
+        run = invented_run("learn", "free", "tomato-salad", seed, 500, **free)
+        run["transfer"] = {other: {"return": 0.05, "success": 0.1} for other in run["transfer"]}
+        found.append(run)
+        for change, variant in ((1.0, {}), (8.0, free)):
+            facts = {"trained": {"change_percent": change + seed, "kl": 0.01 * change}}
+            found.append({"kind": "retention", "own": facts, "arguments": {
+                "model": "pocket_lm", "task": "tomato-salad", "seed": seed, **variant}})
+    header, rows = claims.holding_table(found, "pocket_lm")
+    held, free = (dict(zip(header, row, strict=True)) for row in rows)
+    elsewhere = "return on the 14 unseen tasks (untrained LLM)"
+    assert (held["policy"], held[elsewhere].split(" ")[0]) == ("held", "0.200")
+    assert (free["policy"], free[elsewhere]) == ("not-held", "0.050 ± 0.000 (0.300)")
+    assert free["success there (untrained LLM)"] == "0.100 ± 0.000 (0.600)"
+    changed = "perplexity: change in %"
+    assert held[changed].startswith("2.50 ±") and free[changed].startswith("9.50 ±")
 
 
 def test_a_seed_that_never_gets_there_counts_with_all_its_steps():
