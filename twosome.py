@@ -346,7 +346,8 @@ class Agent:
         Our choice: it keeps what the LLM knows where the reward is silent. The base's own texts
         need no data, and they are where it is at home. Each turn takes the next two of them.
         """
-        ids = self.own_texts()[turn % 64]  # [2, S]
+        pairs = self.own_texts()  # [64, 2, S]
+        ids = pairs[turn % len(pairs)]
         with torch.no_grad(), self.model.disable_adapter():
             base = self.model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
         here = self.model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
@@ -466,15 +467,14 @@ def evaluate(config, options, agent):
 
 
 def token_table(agent, prompt, phrases):
-    """Yield a row for each phrase: (phrase, log P, pi by each normalisation, its tokens)."""
+    """Return a row for each phrase: (phrase, log P, pi by each normalisation, its tokens)."""
     prompt_ids, tails, seams = tokenize(agent.tokenizer, prompt, tuple(phrases))
     with torch.no_grad():
         log_probs, = trie.token_log_probs(agent.model, [(prompt_ids, tails)])
         policies = [policy(log_probs, tails, seams, phrases, name) for name in NORMALIZATIONS]
-    for k, phrase in enumerate(phrases):
-        pieces = agent.tokenizer.convert_ids_to_tokens(list(tails[k]))
-        chances = [log_pi[k].exp().item() for log_pi in policies]
-        yield phrase, log_probs[k].sum().item(), chances, pieces
+    return [(phrase, log_probs[k].sum().item(), [log_pi[k].exp().item() for log_pi in policies],
+             agent.tokenizer.convert_ids_to_tokens(list(tails[k])))
+            for k, phrase in enumerate(phrases)]
 
 
 def dispatch(argv, gate):
@@ -490,8 +490,7 @@ def dispatch(argv, gate):
         gate.run = None if rank else runs.Run(options.resume)
     agent, make_env = build(config)  # before a folder is made: what cannot be built leaves none
     if options.tokens:
-        # Make all rows first: nothing is printed of texts that cannot be scored.
-        return command.show_tokens([*token_table(agent, options.prompt, options.tokens)], options)
+        return command.show_tokens(token_table(agent, options.prompt, options.tokens), options)
     if options.folder:
         runs.load_agent(options.folder, agent)
     if options.eval is not None:

@@ -1,7 +1,8 @@
 """Without this file the method would be the same, for a causal LM that somebody else has loaded.
 
 It finds a causal LM (a folder, a name on the hub, a GGUF file), loads it frozen or says in one
-line why not, adds LoRA to it (section 4.3), and measures what training will take.
+line why not, adds LoRA to it (section 4.3), lets its base write what twosome.Agent.drift compares
+on, and measures what training will take.
 
     model, tokenizer = load("smollm2")  # frozen, in evaluation mode
     model = add_lora(model, rank=8, alpha=16)  # only the adapter trains, and it is float32

@@ -35,6 +35,7 @@ This file knows token ids and no texts. It imports nothing of the project, so co
 Axes: B trees of a forward, S columns (nodes of a tree), P parents (nodes with edges), E edges,
 A phrases, T tokens of the longest phrase, V vocabulary.
 """
+import functools
 import inspect
 import itertools
 import warnings
@@ -191,6 +192,7 @@ def _forward_rows(model, items):
 # -----------------------------------------------------------------------------
 # Which way a model can take.
 
+@functools.lru_cache(maxsize=64)
 def _takes(kind, name):
     """Return whether a class of models has an argument of this name."""
     return name in inspect.signature(kind.forward).parameters

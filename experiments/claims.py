@@ -124,6 +124,25 @@ def of_task(options, kind, model, task, minutes, **more):
     return Job(name, kind, arguments, minutes)
 
 
+def of_run(kind, learned, minutes, **more):
+    """Return a job on the agent of a learn_job."""
+    names = ("model", "task", "seed", "variant")
+    parts = [str(learned.arguments[name]) for name in names if name in learned.arguments]
+    arguments = {**learned.arguments, "run": learned.name, **more}
+    return Job("-".join([kind, *parts]), kind, arguments, minutes)
+
+
+def transfer_job(learned):
+    """Return the job that plays the tasks that an agent never saw."""
+    return of_run("transfer", learned, len(EVERY) * PLAY[learned.arguments["model"]])
+
+
+def retention_job(options, learned):
+    """Return the job that asks what an agent's LLM keeps of itself."""
+    minutes = {"pocket_lm": 1, "smollm2": 8}[learned.arguments["model"]]
+    return of_run("retention", learned, minutes, **({"tokens": 4000} if options.quick else {}))
+
+
 # Each part of the measurement is a function that returns its jobs.
 
 
@@ -138,12 +157,8 @@ def learning_jobs(options):
 
 def transfer_jobs(options):
     """Every trained agent on every task that it never saw."""
-    found = []
-    for model, seed, task in itertools.product(options.models, options.seeds, options.tasks):
-        learned = learn_job(options, model, "word", task, seed)
-        found.append(Job(f"transfer-{model}-{task}-{seed}", "transfer",
-                         {**learned.arguments, "run": learned.name}, len(EVERY) * PLAY[model]))
-    return found
+    return [transfer_job(learn_job(options, model, "word", task, seed)) for model, seed, task
+            in itertools.product(options.models, options.seeds, options.tasks)]
 
 
 def normalisation_jobs(options):
@@ -218,8 +233,7 @@ def prompt_jobs(options):
                   for task in short for seed in seeds]
     for model, task, seed in itertools.product(options.models, options.tasks, seeds):
         learned = learn_job(options, model, "word", task, seed)
-        found.append(Job(f"reworded-{model}-{task}-{seed}", "reworded",
-                         {**learned.arguments, "run": learned.name}, 8 * PLAY[model]))
+        found.append(of_run("reworded", learned, 8 * PLAY[model]))
     return found
 
 
@@ -253,15 +267,8 @@ def ablation_jobs(options):
 
 def retention_jobs(options):
     """What the LLM keeps of itself: agents of two tasks at least, three seeds each."""
-    found = []
-    for model, task, seed in itertools.product(options.models, options.tasks, options.seeds[:3]):
-        learned = learn_job(options, model, "word", task, seed)
-        arguments = {**learned.arguments, "run": learned.name}
-        if options.quick:
-            arguments["tokens"] = 4000
-        found.append(Job(f"retention-{model}-{task}-{seed}", "retention", arguments,
-                         {"pocket_lm": 1, "smollm2": 8}[model]))
-    return found
+    return [retention_job(options, learn_job(options, model, "word", task, seed)) for model, task,
+            seed in itertools.product(options.models, options.tasks, options.seeds[:3])]
 
 
 def holding_jobs(options):
@@ -270,12 +277,7 @@ def holding_jobs(options):
     tasks = [task for task in options.tasks if task in SHORT]
     for model, task, seed in itertools.product(options.models, tasks, options.seeds[:3]):
         learned = learn_job(options, model, "word", task, seed, "not-held", **{"base-kl": 0})
-        arguments = {**learned.arguments, "run": learned.name}
-        found += [learned,
-                  Job(f"transfer-{model}-{task}-{seed}-not-held", "transfer", arguments,
-                      len(EVERY) * PLAY[model]),
-                  Job(f"retention-{model}-{task}-{seed}-not-held", "retention", arguments,
-                      {"pocket_lm": 1, "smollm2": 8}[model])]
+        found += [learned, transfer_job(learned), retention_job(options, learned)]
     return found
 
 
@@ -310,8 +312,7 @@ def ability_jobs(options):
     for task, seed in itertools.product(SHORT, options.seeds[:3]):
         if "smollm2" in options.models and task in options.tasks:
             learned = learn_job(options, "smollm2", "word", task, seed)
-            found.append(Job(f"ability-smollm2-{task}-{seed}", "ability",
-                             {**learned.arguments, "run": learned.name}, 12))
+            found.append(of_run("ability", learned, 12))
     return found
 
 
