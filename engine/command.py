@@ -20,6 +20,7 @@ import ppo
 import prompts
 from engine import models, processes, runs, trainer, trie, worlds
 
+HERE = os.path.dirname(os.path.realpath(__file__))  # the tables lie beside this file
 EVALUATION_SEED = 1_000_000  # our choice: fixed, and far from the seeds that people train with
 # Bad input: exit code 2. What else goes wrong is the machine's fault (1), or a bug (a traceback).
 BAD_INPUT = (ppo.PPOError, envs.EnvError, prompts.PromptError, trie.ScoringError,
@@ -52,14 +53,9 @@ class Config(trainer.Config):
     checkpoint_every: int = 5  # updates between two checkpoints
 
 
-def read_table(name):
-    """Return a JSON table from beside this file."""
-    return runs.read_json(os.path.join(os.path.dirname(os.path.realpath(__file__)), name))
-
-
 # {group: {flag: ...}} in the order of --help. A setting has its bounds and choices there, any other
 # flag what argparse needs to know of it.
-FLAGS = read_table("flags.json")
+FLAGS = runs.read_json(os.path.join(HERE, "flags.json"))
 
 
 def preset(name, env, task):
@@ -67,7 +63,7 @@ def preset(name, env, task):
 
     The tables and their sources are in presets.json; "hub" is another name of smollm2's.
     """
-    presets = read_table("presets.json")
+    presets = runs.read_json(os.path.join(HERE, "presets.json"))
     table = presets[known("preset", "smollm2" if name == "hub" else name, presets)]
     return {**table["all"], **table.get(env, {}), **table.get(task, {})}
 
@@ -146,9 +142,8 @@ def parse(argv):
             raise ppo.PPOError(f"--{flag} goes with --{' or --'.join(filter(None, to))}")
     if not 0 <= typed.get("delay", 0) <= 60:
         raise ppo.PPOError(f"delay is {options.delay}; it must be between 0 and 60 seconds")
-    options.which, options.tasks = typed.get("from", "last"), []
-    options.prompt = typed.get("prompt", prompts.CUE)
-    options.folder = options.eval or options.watch or ""
+    options.which, options.prompt = typed.get("from", "last"), typed.get("prompt", prompts.CUE)
+    options.folder, options.tasks = options.eval or options.watch or "", []
     given = {name: typed[name] for name in typed if name == "preset" or hasattr(Config, name)}
     if options.resume:
         return config_of(options.resume, given, resumed=True), options
@@ -245,20 +240,18 @@ def bar(total, unit, **options):
     return tqdm(total=total, unit=unit, dynamic_ncols=True, **options)
 
 
-def summarize(result):
+def summarize(result, z=1.96):
     """Return means and 95 % intervals of ppo.evaluate's arrays.
 
     Normal for the return, Wilson's for the success rate.
     """
     n, mean, rate = len(result["returns"]), result["returns"].mean(), result["successes"].mean()
-    z = 1.96
     half = z * result["returns"].std(ddof=1) / n**0.5 if n > 1 else float("nan")
     centre = rate + z * z / (2 * n)
     spread = z * (rate * (1 - rate) / n + z * z / (4 * n * n)) ** 0.5
     low, high = np.clip(np.array([centre - spread, centre + spread]) / (1 + z * z / n), 0, 1)
-    return {"episodes": n, "return": mean, "return_interval": [mean - half, mean + half],
-            "success": rate, "success_interval": [low, high],
-            "episode_steps": result["steps"].mean()}
+    return {"return": mean, "return_interval": [mean - half, mean + half], "success": rate,
+            "success_interval": [low, high], "episodes": n, "episode_steps": result["steps"].mean()}
 
 
 def measure(make_env, agent, config, greedy=False):
@@ -272,8 +265,8 @@ def measure(make_env, agent, config, greedy=False):
 def evaluation_line(name, result, best=None):
     """Return one line of an evaluation's table."""
     (low, high), (bottom, top) = result["return_interval"], result["success_interval"]
-    known_best = f"{best:.4f}" if best is not None else "unknown"
-    return (f"{name:37} return {result['return']:7.4f} ({low:.4f} to {high:.4f}; best {known_best})"
+    best = "unknown" if best is None else f"{best:.4f}"
+    return (f"{name:37} return {result['return']:7.4f} ({low:.4f} to {high:.4f}; best {best})"
             f"  success {result['success']:6.1%} ({bottom:.1%} to {top:.1%})")
 
 

@@ -262,14 +262,13 @@ def own_texts(model, tokenizer, pairs=64, length=64):
 
     They are drawn token by token at temperature 1, and go on where a text would end.
     """
-    opening = tokenizer.bos_token_id, tokenizer.eos_token_id, 0
-    first = next(token for token in opening if token is not None)
+    first = next(i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, 0) if i is not None)
     ids = torch.full((2 * pairs, 1), first, device=model.device)
     with torch.random.fork_rng(), model.disable_adapter():
         torch.manual_seed(0)
-        ids = model.generate(input_ids=ids, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                             min_new_tokens=length - 1, max_new_tokens=length - 1)
-    return ids.view(pairs, 2, length)
+        return model.generate(
+            input_ids=ids, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+            min_new_tokens=length - 1, max_new_tokens=length - 1).view(pairs, 2, length)
 
 
 # -----------------------------------------------------------------------------

@@ -53,11 +53,6 @@ class Trainer(ppo.PPO):
         self.skipped = 0
         self.in_a_row = {"policy": 0, "critic": 0}
 
-    @property
-    def steps(self):
-        """Macro-actions taken so far, over all environments."""
-        return self.updates * self.config.num_envs * self.config.rollout_steps
-
     def iterate(self):
         """Run one iteration. Its metrics count the steps that were left out, too."""
         return {**super().iterate(), "skipped": self.skipped}

@@ -118,8 +118,7 @@ def group(items, nodes):
     beginnings meet in one tree.
     """
     items = sorted(set(items))
-    trie = {}  # of all items
-    starts = []  # the number of its nodes before each item
+    trie, starts = {}, []  # of all items; the number of its nodes before each of them
     for item in items:
         starts.append(len(trie))
         _insert(trie, *item)

@@ -130,10 +130,10 @@ class Report(contextlib.ExitStack):
             result = measure(self.make_env, agent, config)
             self.spend()
             self.run.write("summary.json", {
-                "env": config.env, "task": config.task, "model": config.model, "norm": config.norm,
-                "seed": config.seed, "steps": self.trainer.steps, **result, "best": self.best,
-                "primitive_steps": self.trainer.episodes.primitive_steps,
-                "seconds": self.run.seconds, "cpu_seconds": self.run.cpu_seconds})
+                **{name: vars(config)[name] for name in ("env", "task", "model", "norm", "seed")},
+                "steps": self.trainer.updates * config.num_envs * config.rollout_steps,
+                "primitive_steps": self.trainer.episodes.primitive_steps, "best": self.best,
+                "seconds": self.run.seconds, "cpu_seconds": self.run.cpu_seconds, **result})
             say(evaluation_line("trained", result, self.best))
         draw_curve(self.run)
         # A run never imports code, so a world of one's own is named again.

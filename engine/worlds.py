@@ -2,7 +2,7 @@
 
     make_world("FILE.py:CLASS", {"size": 4})   make_env, as --env and --env-args name it
     World(world)                               any object with reset and step, in our contract
-    told(env, prompt)                          a Gymnasium environment, told by your function
+    World(env, prompt)                         a Gymnasium environment, told by your function
     TextEnv(env, render)                       an environment of ours for other people's agents
 
 Our contract is Gymnasium's reset and step with two texts in info: "prompt", and "actions", one
@@ -116,8 +116,6 @@ def make_world(spec, arguments=None):
 def import_source(source):
     """Import a module by the path of its file or by its dotted name."""
     is_file = source.endswith(".py")
-    if is_file and not os.path.isfile(source):
-        raise WorldError(f"--env: there is no file {source!r}")
     # Look in their folder last, so that no file of theirs stands in for a module of ours.
     folder = os.path.dirname(os.path.abspath(source)) if is_file else os.getcwd()
     if folder not in sys.path:
@@ -141,7 +139,11 @@ class World:
     world: an object with reset and step. In TextWorld's shape its reset needs no seed; any other
     must take one, so that a run can be repeated. A world may say running_total = True or False:
     whether the second value of its 4-tuples is the score so far. Without it, that is so in
-    TextWorld's shape alone. prompt: None, or what `told` says.
+    TextWorld's shape alone.
+
+    prompt: None, or your prompt(obs, info) -> (prompt, phrases), which tells any world in words:
+    the text, and a phrase for each action in the order of their numbers. If only some are
+    admissible, put their numbers into info["admissible"] there, and return the phrases of those.
 
     An episode succeeded if info["success"] or info["won"] says so; where a world gives neither,
     ppo.py counts a last reward above 0. A 4-tuple's `done` is a time limit if
@@ -257,16 +259,6 @@ def is_time_limit(info):
     """Tell whether a 4-tuple's `done` only says that time is up; see World."""
     undecided = {"won", "lost"} <= info.keys() and not (info["won"] or info["lost"])
     return bool(info.get("TimeLimit.truncated", undecided))
-
-
-def told(env, prompt):
-    """Tell a Gymnasium environment, or any other world, in words of yours. Returns a World.
-
-    prompt(obs, info) -> (prompt, phrases): the text, and a phrase for each action in the order
-    of their numbers. If only some are admissible, put their numbers into info["admissible"]
-    there, and return the phrases of those alone.
-    """
-    return World(env, prompt)
 
 
 # -----------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from pathlib import Path
 import gymnasium
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from engine.worlds import told
+from engine.worlds import World
 
 # Gymnasium's order of the actions: rows down, columns to the right, the side, and our verb.
 MOVES = [(0, -1, "on the left", "step to"), (1, 0, "below", "walk to"),
@@ -49,7 +49,7 @@ def frozen_lake(slippery=False):
                 f" You see {', '.join(seen[:-1])} and {seen[-1]}. Your next step is to")
         return text, phrases
 
-    return told(env, prompt)
+    return World(env, prompt)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import ppo
 import prompts
 import twosome
 from engine import models, worlds
-from engine.worlds import TextEnv, World, WorldError, told
+from engine.worlds import TextEnv, World, WorldError
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
@@ -216,7 +216,7 @@ def test_any_gymnasium_environment_is_told_by_one_function():
         return f"You are at place {place}. Your next step is to", ["go left", "go down", "go right",
                                                                     "go up"]
 
-    env = told(gymnasium.make("FrozenLake-v1", is_slippery=False), prompt)
+    env = World(gymnasium.make("FrozenLake-v1", is_slippery=False), prompt)
     answers = play(env, 1, 1, 2, 1, 2, 2)
     assert answers[0][1]["prompt"].startswith("You are at place 0.") and len(answers[3]) == 5
     assert answers[-1][:4] == (15, 1.0, True, False)
@@ -284,7 +284,7 @@ MISTAKES = {
 def test_a_mistake_of_the_world_is_one_line(line, monkeypatch):
     monkeypatch.setattr(worlds, "ENDLESS", 1)
     made = MISTAKES[line]
-    env = told(Corridor(), made) if callable(made) else World(broken(**made))
+    env = World(Corridor(), made) if callable(made) else World(broken(**made))
     with pytest.raises(WorldError) as caught:
         play(env, 0, 0)
     assert line in str(caught.value) and "\n" not in str(caught.value)
@@ -383,7 +383,7 @@ def test_arguments_of_another_form_are_one_line(text):
 @pytest.mark.parametrize("spec, arguments, line", [
     ("my_world", {}, "neither PACKAGE.MODULE:CLASS nor FILE.py:CLASS"),
     ("my_world.py:", {}, "neither"), (":Door", {}, "neither"),
-    ("other.py:Door", {}, "there is no file 'other.py'"),
+    ("other.py:Door", {}, "importing other.py raised FileNotFoundError"),
     ("no_such_module:Door", {}, "importing no_such_module raised ModuleNotFoundError"),
     ("..:Door", {}, "importing .. raised"),
     ("my_world.py:Window", {}, "my_world.py has no class or function Window"),
