@@ -267,8 +267,8 @@ def own_texts(model, tokenizer, pairs=64, length=64):
     with torch.random.fork_rng(), model.disable_adapter():
         torch.manual_seed(0)
         return model.generate(
-            input_ids=ids, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-            min_new_tokens=length - 1, max_new_tokens=length - 1).view(pairs, 2, length)
+            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, top_p=1,
+            temperature=1, min_new_tokens=length - 1, max_new_tokens=length - 1).view(pairs, 2, -1)
 
 
 # -----------------------------------------------------------------------------

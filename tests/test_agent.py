@@ -6,6 +6,7 @@ import pytest
 import safetensors.torch
 import tiny
 import torch
+import transformers
 
 import envs
 import ppo
@@ -103,6 +104,17 @@ def test_the_base_writes_the_same_texts_whatever_the_adapter_is(agent):
     assert torch.equal(texts, fresh().own_texts().flatten(0, 1))
     assert (texts[:, 0] == agent.tokenizer.bos_token_id).all()
     assert "hold" in agent.tokenizer.decode(texts.flatten())  # it writes of homes
+
+
+def test_writing_them_says_nothing(monkeypatch):
+    """A tokenizer whose padding ends a text, as SmolLM2's does, needs to be told what is read."""
+    told = []
+    monkeypatch.setattr(transformers.generation.utils.logger, "warning_once", told.append)
+    monkeypatch.setattr(transformers.generation.utils.logger, "warning", told.append)
+    model = tiny.model("llama", vocabulary=400)
+    model.generation_config.pad_token_id = model.generation_config.eos_token_id = 0
+    twosome.Agent(model, tiny.byte_bpe(eos_token="<e>")).own_texts()
+    assert told == []
 
 
 def test_an_untrained_policy_has_not_drifted(reader):
