@@ -149,9 +149,10 @@ class Pair:
     def trainers(self, config):
         """Make two trainers with the same settings, but for the published micro-batches of 4.
 
-        There is no bound on the KL, so that no step is left out.
+        There is no bound on the KL, so that no step is left out, and no penalty that holds the
+        policy to its base, for the published scripts have none.
         """
-        config = dataclasses.replace(config, target_kl=0.0)
+        config = dataclasses.replace(config, target_kl=0.0, base_kl=0.0)
         made = []
         for way, parts in ((self.agent, config.gradient_accumulation),
                            (self.old, config.minibatch // 4)):
