@@ -72,9 +72,8 @@ class Tree(NamedTuple):
 
 def build_tree(items):
     """Return the Tree of a list of (prompt_ids, tails): a tuple of ids, and a tuple of tuples."""
-    nodes = {}  # (column of the parent, token) -> column
-    edges = {}  # (column of the parent, token) -> number of the edge
-    paths = []
+    # From (column of the parent, token) to a node's column, and to an edge's number.
+    nodes, edges, paths = {}, {}, []
     for prompt_ids, tails in items:
         for parents, tail in zip(_insert(nodes, prompt_ids, tails), tails, strict=True):
             steps = zip(parents, tail, strict=True)
