@@ -13,7 +13,7 @@ from pathlib import Path
 import gymnasium
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from engine.worlds import told
+from engine.worlds import World
 from examples.frozen_lake import frozen_lake
 
 
@@ -36,4 +36,4 @@ def poor(cost=0.0):
     def prompt(cell, info):
         return lake.prompt(cell, info)[0], ["move left", "move down", "move right", "move up"]
 
-    return told(StepCost(lake.world, cost), prompt)
+    return World(StepCost(lake.world, cost), prompt)
