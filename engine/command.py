@@ -240,12 +240,13 @@ def bar(total, unit, **options):
     return tqdm(total=total, unit=unit, dynamic_ncols=True, **options)
 
 
-def summarize(result, z=1.96):
+def summarize(result):
     """Return means and 95 % intervals of ppo.evaluate's arrays.
 
     Normal for the return, Wilson's for the success rate.
     """
     n, mean, rate = len(result["returns"]), result["returns"].mean(), result["successes"].mean()
+    z = 1.96
     half = z * result["returns"].std(ddof=1) / n**0.5 if n > 1 else float("nan")
     centre = rate + z * z / (2 * n)
     spread = z * (rate * (1 - rate) / n + z * z / (4 * n * n)) ** 0.5
@@ -265,8 +266,8 @@ def measure(make_env, agent, config, greedy=False):
 def evaluation_line(name, result, best=None):
     """Return one line of an evaluation's table."""
     (low, high), (bottom, top) = result["return_interval"], result["success_interval"]
-    best = "unknown" if best is None else f"{best:.4f}"
-    return (f"{name:37} return {result['return']:7.4f} ({low:.4f} to {high:.4f}; best {best})"
+    known_best = f"{best:.4f}" if best is not None else "unknown"
+    return (f"{name:37} return {result['return']:7.4f} ({low:.4f} to {high:.4f}; best {known_best})"
             f"  success {result['success']:6.1%} ({bottom:.1%} to {top:.1%})")
 
 

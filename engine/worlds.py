@@ -116,6 +116,8 @@ def make_world(spec, arguments=None):
 def import_source(source):
     """Import a module by the path of its file or by its dotted name."""
     is_file = source.endswith(".py")
+    if is_file and not os.path.isfile(source):
+        raise WorldError(f"--env: there is no file {source!r}")
     # Look in their folder last, so that no file of theirs stands in for a module of ours.
     folder = os.path.dirname(os.path.abspath(source)) if is_file else os.getcwd()
     if folder not in sys.path:

@@ -383,7 +383,7 @@ def test_arguments_of_another_form_are_one_line(text):
 @pytest.mark.parametrize("spec, arguments, line", [
     ("my_world", {}, "neither PACKAGE.MODULE:CLASS nor FILE.py:CLASS"),
     ("my_world.py:", {}, "neither"), (":Door", {}, "neither"),
-    ("other.py:Door", {}, "importing other.py raised FileNotFoundError"),
+    ("other.py:Door", {}, "there is no file 'other.py'"),
     ("no_such_module:Door", {}, "importing no_such_module raised ModuleNotFoundError"),
     ("..:Door", {}, "importing .. raised"),
     ("my_world.py:Window", {}, "my_world.py has no class or function Window"),
