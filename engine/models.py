@@ -281,8 +281,9 @@ def preflight(model, trees, samples=32, others=()):
     """Return what training will take, a text of a few lines.
 
     trees holds some prompts with their phrases, each in a tree of its own (trie.build_tree);
-    samples is how many one backward pass holds; others are further modules that train (the critic).
-    Memory is measured: the longest tree is scored once, and what autograd keeps of it is counted.
+    samples is how many different prompts one backward pass holds; others are further modules that
+    train (the critic). Memory is measured: the longest tree is scored once, and what autograd keeps
+    of it is counted.
     """
     parameters = [p for module in (model, *others) for p in module.parameters()]
     longest = max(trees, key=lambda tree: len(tree.ids))
@@ -308,4 +309,4 @@ def preflight(model, trees, samples=32, others=()):
 model      {type(unwrapped(model)).__name__} on {model.device}, {str(model.dtype)[6:]}{advice}
 parameters {total:,}, of which {trained:,} train (LoRA and critic)
 prompts    up to {prompt} tokens, phrases up to {phrase}, packed up to {len(longest.ids)}
-memory     about {memory >> 20:,} MiB for {samples} samples (--gradient-accumulation divides)"""
+memory     about {memory >> 20:,} MiB for {samples} prompts (--gradient-accumulation divides)"""

@@ -62,7 +62,8 @@ class Report(contextlib.ExitStack):
         say(f"{self.config.env}: {title(self.config)}, {self.config.norm} normalisation, seed"
             f" {self.config.seed} -> {self.run.folder}")
         items, chance = random_walk(self.make_env(), agent, self.config.gamma)
-        samples = self.config.minibatch // self.config.gradient_accumulation
+        # Equal items of a minibatch are computed once, so it takes no more than there are.
+        samples = -(-min(self.config.minibatch, len(items)) // self.config.gradient_accumulation)
         say(models.preflight(agent.model, [*map(agent.tree, items)], samples, [agent.critic]))
         if not self.trainer.updates:
             self.run.write("baseline.json", {"random": chance, "optimum": {"return": self.best}})
@@ -94,8 +95,9 @@ class Report(contextlib.ExitStack):
                 RecordWriter(file).write(event.SerializeToString())
         if row["update"]:
             best = f" of {self.best:.3f}" if self.best is not None else ""
-            self.bar.set_postfix_str(f"return {row['return']:.3f}{best}, success"
-                                     f" {row['success']:.0%}, entropy {row['entropy']:.2f}", False)
+            # There is no mean before the first episode has ended.
+            told = "return {return:.3f}{best}, success {success:.0%}, entropy {entropy:.2f}"
+            self.bar.set_postfix_str(told.format(**row, best=best).replace("nan", "-"), False)
             self.bar.update()
 
     def checkpoint(self, agent):

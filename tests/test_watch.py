@@ -587,6 +587,21 @@ def test_the_bar_shows_what_is_learnt_and_the_time_left(tmp_path, capfd):
                     r" \d\.\d\d, 00:00 left \|", last)
 
 
+@pytest.mark.parametrize("flags, prompts", [([], 21), (["--gradient-accumulation", "4"], 6),
+                                            (["--minibatch", "8"], 8)])
+def test_memory_counts_the_prompts_that_differ(flags, prompts, tmp_path, capfd):
+    """The tomato salad has 21 of them: a minibatch of 64 samples holds many equal ones."""
+    assert twosome.main([*TINY, *flags, "--out", str(tmp_path / "run")]) == 0
+    assert f" MiB for {prompts} prompts (" in capfd.readouterr().out
+
+
+def test_the_bar_has_no_mean_before_an_episode_has_ended(tmp_path, capfd):
+    flags = ["--steps", "4", "--num-envs", "2", "--rollout-steps", "2", "--episodes", "1"]
+    assert twosome.main([*flags, "--out", str(tmp_path / "run")]) == 0
+    told = capfd.readouterr().err
+    assert "return - of 0.921, success -%, entropy" in told and "nan" not in told
+
+
 def test_the_curve_is_drawn_at_checkpoints_and_when_a_signal_stops_the_run(
         tmp_path, monkeypatch, capfd):
     """And not at every one of them, where they follow each other fast."""
