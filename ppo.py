@@ -25,8 +25,9 @@ This file imports nothing of the project and knows no language model. An agent i
     values(items) -> [B]                 V of each item, float32; gradients to the critic alone
     policy_parameters(), value_parameters()
     policy_changed()                     called after every step of the policy
-    drift(turn) -> scalar                for Config.base_kl alone: how far the policy has moved from
-                                         its beginning, in nats, with gradients; turn counts calls
+    drift(turn, part) -> scalar          for Config.base_kl alone: how far the policy has moved from
+                                         its beginning, in nats, with gradients; turn counts calls,
+                                         part is a slice of what it is measured on: parts add up
 
 Our deliberate differences from the published code: a time limit is a truncation, not an end; the
 advantages are normalised over the whole rollout, with a floor under their deviation; policy and
@@ -335,10 +336,10 @@ class PPO:
         self.step(self.value_optimizer)
         return {"value_loss": loss.item()}
 
-    def hold(self, turn):
+    def hold(self, turn, part=slice(None)):
         """Add the gradient that holds the policy to its beginning (our choice)."""
         if self.config.base_kl:
-            (self.config.base_kl * self.agent.drift(turn)).backward()
+            (self.config.base_kl * self.agent.drift(turn, part)).backward()
 
     def policy_gradient(self, rollout, advantages, batch):
         """Add the gradient of the clipped surrogate, minus the entropy bonus, to the policy's own.
@@ -395,7 +396,7 @@ class Episodes:
         self.returns = np.zeros(num_envs)  # its return so far, discounted for each primitive step
         self.lengths = np.zeros(num_envs)  # its primitive steps so far
         self.ended = []  # rows of number, return, success, primitive steps
-        self.count, self.primitive_steps = 0, 0
+        self.count = self.primitive_steps = 0
 
     def add(self, rollout):
         """Take in a rollout."""

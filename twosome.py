@@ -340,18 +340,19 @@ class Agent:
         """Return V(d) of each item: float32 [B]. Gradients reach the MLP alone."""
         return self.critic(self.features([prompt for prompt, _ in items]))[:, 0]
 
-    def drift(self, turn):
+    def drift(self, turn, part=slice(None)):
         """Return KL(base || policy) in nats a token, over two of 128 texts that the base wrote.
 
         Our choice: it keeps what the LLM knows where the reward is silent. The base's own texts
         need no data, and they are where it is at home. Each turn takes the next two of them.
+        With `part` of the two, return what this part adds to the mean.
         """
         pairs = self.own_texts()  # [64, 2, S]
-        ids = pairs[turn % len(pairs)]
+        pair = pairs[turn % len(pairs)]
         with torch.no_grad(), self.model.disable_adapter():
-            base = self.model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
-        here = self.model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
-        return (base.exp() * (base - here)).sum(-1).mean()  # over [2, S, V]
+            base = self.model(input_ids=pair[part], use_cache=False).logits.float().log_softmax(-1)
+        here = self.model(input_ids=pair[part], use_cache=False).logits.float().log_softmax(-1)
+        return (base.exp() * (base - here)).sum() / pair.numel()  # the sum is over [2, S, V]
 
     def tree(self, item):
         """Return the trie of one item's tokens, from which its cost can be told."""

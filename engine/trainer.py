@@ -3,6 +3,7 @@
 `Trainer` is ppo.PPO with a few methods overridden:
 
     rollout            gather the rollouts of several processes into one
+    hold               take a share of the texts on which the policy is held to its beginning
     policy_gradient    take a share of a minibatch, in parts, and add up the gradients
     step               leave out a step whose gradient is not finite, and count it
     state_dict, load_state_dict    what a checkpoint needs for a bit-for-bit continuation
@@ -45,8 +46,6 @@ class Trainer(ppo.PPO):
         """Keep this process's share of the environments."""
         self.rank, self.world = place()
         super().__init__(make_env, agent, config, seed)
-        # Each process adds its share of this penalty, for all gradients are added up.
-        self.config = dataclasses.replace(config, base_kl=config.base_kl / self.world)
         self.share = slice(self.rank * config.num_envs // self.world,
                            (self.rank + 1) * config.num_envs // self.world)
         self.envs, self.rngs, self.now = (x[self.share] for x in (self.envs, self.rngs, self.now))
@@ -69,6 +68,11 @@ class Trainer(ppo.PPO):
         items = [item for t in range(self.config.rollout_steps) for part in parts
                  for item in part.items[t * N:(t + 1) * N]]
         return ppo.Rollout(items, **joined)
+
+    def hold(self, turn, part=slice(None)):
+        """Hold the policy on two texts: with several processes, the first two take one each."""
+        if self.rank < 2:
+            super().hold(turn, slice(self.rank, None, self.world))
 
     def policy_gradient(self, rollout, advantages, batch):
         """Compute this process's share of a minibatch in parts, and add up over all processes."""
@@ -104,29 +108,27 @@ class Trainer(ppo.PPO):
 
     def add_up(self, measured):
         """Add up gradients and measures over all processes, in one message. Returns the sums."""
-        parameters = self.agent.policy_parameters()
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        grads = [parameter.grad for parameter in parameters]
+        weights = self.agent.policy_parameters()
+        grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
         sums = grads[0].new_tensor(list(measured.values()))
         message = torch.nn.utils.parameters_to_vector([*grads, sums])
         with together():
             dist.all_reduce(message)
         torch.nn.utils.vector_to_parameters(message, [*grads, sums])
+        for weight, grad in zip(weights, grads, strict=True):
+            weight.grad = grad
         return dict(zip(measured, sums.tolist(), strict=True))
 
     def step(self, optimizer):
         """Take the step, unless the gradient is not finite: then leave it out and count it."""
         name = "policy" if optimizer is self.policy_optimizer else "critic"
         grads = [parameter.grad for parameter in optimizer.param_groups[0]["params"]]
-        if torch.nn.utils.get_total_norm(grad for grad in grads if grad is not None).isfinite():
-            self.in_a_row[name] = 0
-            super().step(optimizer)
-            return
+        fine = torch.nn.utils.get_total_norm(g for g in grads if g is not None).isfinite()
+        self.in_a_row[name] = 0 if fine else self.in_a_row[name] + 1
+        if fine:
+            return super().step(optimizer)
         optimizer.zero_grad(set_to_none=True)
         self.skipped += 1
-        self.in_a_row[name] += 1
         if self.in_a_row[name] >= self.MAX_SKIPPED:
             raise FloatingPointError(f"{self.MAX_SKIPPED} gradients of the {name} in a row were"
                                      " not finite; none was applied; lower its learning rate")
