@@ -172,9 +172,7 @@ def sample(log_probs, rng):
 def act(env, info, choice):
     """Take the choice-th admissible action. Where info names none, every action is admissible."""
     admissible = info.get("admissible")
-    if admissible is None or len(admissible) == 0:
-        return env.step(choice)
-    return env.step(admissible[choice])
+    return env.step(choice if admissible is None or not len(admissible) else admissible[choice])
 
 
 # -----------------------------------------------------------------------------
@@ -267,7 +265,7 @@ class PPO:
         for t in range(T):
             now = [self.agent.describe(*told) for told in self.now]
             items += now
-            for n, log_pi in enumerate(self.agent.log_probs(now)):  # [A]
+            for n, log_pi in enumerate(self.log_probs(now)):  # [A]
                 choice = sample(log_pi, self.rngs[n])
                 obs, reward, done, cut, info = act(self.envs[n], self.now[n][1], choice)
                 choices[t, n] = choice
@@ -279,7 +277,7 @@ class PPO:
                 ended[t, n] = done or cut
                 # A world that does not tell its success counts as solved if its episode ends, or
                 # is cut, on a reward.
-                successes[t, n] = ended[t, n] and info.get("success", reward > 0)
+                successes[t, n] = (done or cut) and info.get("success", reward > 0)
                 # A time limit cuts an episode that still had a future. Keep its last
                 # observation: its value stands for that future.
                 if cut and not done:
@@ -295,6 +293,10 @@ class PPO:
             next_values[t, n] = self.agent.values([item]).item()
         return Rollout(items, choices, log_probs, entropies, values[:T], next_values,
                        rewards, durations, terminated, ended, successes)
+
+    def log_probs(self, items):
+        """Return log pi [A] of each item, to act by. A subclass may share this work."""
+        return self.agent.log_probs(items)
 
     def update(self, rollout, advantages, returns):
         """Improve critic and policy on one rollout. Returns the means of what was measured.

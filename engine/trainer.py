@@ -3,15 +3,16 @@
 `Trainer` is ppo.PPO with a few methods overridden:
 
     rollout            gather the rollouts of several processes into one
+    log_probs          score a share of what the environments of all processes show
     hold               take a share of the texts on which the policy is held to its beginning
     policy_gradient    take a share of a minibatch, in parts, and add up the gradients
     step               leave out a step whose gradient is not finite, and count it
     state_dict, load_state_dict    what a checkpoint needs for a bit-for-bit continuation
 
 With one process and gradient_accumulation 1 it computes exactly what ppo.PPO computes. Several
-processes step a share of the environments each and compute a share of the distinct items of each
-minibatch. Every process does everything else alike, the critic's steps included, because sending
-the gradient of a small MLP takes longer than computing it.
+processes step a share of the environments each, and score a share of the distinct items, while they
+act and in each minibatch: an item must be hashable. Every process does everything else alike, the
+critic's steps included, because sending the gradient of a small MLP takes longer than computing it.
 """
 import dataclasses
 import sys
@@ -46,11 +47,10 @@ class Trainer(ppo.PPO):
         """Keep this process's share of the environments."""
         self.rank, self.world = place()
         super().__init__(make_env, agent, config, seed)
-        self.share = slice(self.rank * config.num_envs // self.world,
-                           (self.rank + 1) * config.num_envs // self.world)
+        self.size = config.num_envs // self.world  # environments of this process
+        self.share = slice(self.rank * self.size, (self.rank + 1) * self.size)
         self.envs, self.rngs, self.now = (x[self.share] for x in (self.envs, self.rngs, self.now))
-        self.skipped = 0
-        self.in_a_row = {"policy": 0, "critic": 0}
+        self.skipped, self.in_a_row = 0, {"policy": 0, "critic": 0}
 
     def iterate(self):
         """Run one iteration. Its metrics count the steps that were left out, too."""
@@ -58,16 +58,24 @@ class Trainer(ppo.PPO):
 
     def rollout(self):
         """Act, and join the rollouts of all processes, environments side by side."""
-        parts = gather(super().rollout())
-        names = [field.name for field in dataclasses.fields(ppo.Rollout)[1:]]
-        joined = {name: torch.cat([getattr(part, name) for part in parts], 1) for name in names}
+        self.scores = {}
+        parts = [vars(part).values() for part in gather(super().rollout())]
+        items, *columns = zip(*parts, strict=True)
+        rows = (each[n:n + self.size] for n in range(0, len(items[0]), self.size) for each in items)
+        joined = ppo.Rollout(sum(rows, []), *(torch.cat(column, 1) for column in columns))
         for name in ("rewards", "values", "next_values"):
-            if not torch.isfinite(joined[name]).all():
+            if not torch.isfinite(getattr(joined, name)).all():
                 raise FloatingPointError(f"the {name} of a rollout are not finite")
-        N = len(self.envs)
-        items = [item for t in range(self.config.rollout_steps) for part in parts
-                 for item in part.items[t * N:(t + 1) * N]]
-        return ppo.Rollout(items, **joined)
+        return joined
+
+    def log_probs(self, items):
+        """Score what all environments show: each item that is new, in one process alone."""
+        new = sorted({*sum(gather(items), [])} - self.scores.keys(), key=repr)
+        mine = new[self.rank * len(new) // self.world:(self.rank + 1) * len(new) // self.world]
+        own = [log_pi.cpu() for log_pi in (mine and self.agent.log_probs(mine))]
+        scores = sum(gather(own), []) if new else []
+        self.scores.update(zip(new, scores, strict=True))
+        return [self.scores[item] for item in items]
 
     def hold(self, turn, part=slice(None)):
         """Hold the policy on two texts: with several processes, the first two take one each."""
@@ -76,11 +84,9 @@ class Trainer(ppo.PPO):
 
     def policy_gradient(self, rollout, advantages, batch):
         """Compute this process's share of a minibatch in parts, and add up over all processes."""
-        several = self.config.gradient_accumulation * self.world > 1
-        parts = self.parts(rollout, batch) if several else [batch]
         measured = {"policy_loss": 0.0, "kl": 0.0}
         try:
-            for part in parts:
+            for part in self.parts(rollout, batch):
                 for name, value in super().policy_gradient(rollout, advantages, part).items():
                     measured[name] += value
         except FloatingPointError:
@@ -97,26 +103,24 @@ class Trainer(ppo.PPO):
         Samples of equal items stay together, because the scorer computes an item once. Items are
         sorted, because those that begin alike share what they begin with.
         """
-        samples = {}
-        for i in batch.tolist():
-            samples.setdefault(rollout.items[i], []).append(i)
         count = self.config.gradient_accumulation
-        groups = np.array_split(np.arange(len(samples)), self.world * count)
-        ordered = [samples[item] for item in sorted(samples, key=repr)]
-        mine = groups[self.rank * count:(self.rank + 1) * count]
-        return [torch.tensor(sum((ordered[k] for k in group), [])) for group in mine if len(group)]
+        items = sorted({rollout.items[i] for i in batch}, key=repr)
+        part = {item: n * self.world * count // len(items) for n, item in enumerate(items)}
+        mine = range(self.rank * count, (self.rank + 1) * count)
+        split = [[i for i in batch.tolist() if part[rollout.items[i]] == n] for n in mine]
+        return [torch.tensor(samples) for samples in split if samples]
 
     def add_up(self, measured):
         """Add up gradients and measures over all processes, in one message. Returns the sums."""
         weights = self.agent.policy_parameters()
-        grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
+        # A process whose share was empty has no gradients yet: this makes them zeros.
+        sum(0 * weight.sum() for weight in weights).backward()
+        grads = [weight.grad for weight in weights]
         sums = grads[0].new_tensor(list(measured.values()))
         message = torch.nn.utils.parameters_to_vector([*grads, sums])
         with together():
             dist.all_reduce(message)
         torch.nn.utils.vector_to_parameters(message, [*grads, sums])
-        for weight, grad in zip(weights, grads, strict=True):
-            weight.grad = grad
         return dict(zip(measured, sums.tolist(), strict=True))
 
     def step(self, optimizer):

@@ -213,6 +213,28 @@ def test_all_processes_hold_the_same_weights_bit_for_bit(start, parts):
     assert both[0][1] == both[1][1] and len(both[0][1].strip()) == 64
 
 
+def scored_in_a_rollout(arguments):
+    """Act, and say what this process has scored, and what the joined rollout holds."""
+    processes.join()
+    config, _ = command.parse(arguments)
+    agent, make_env = twosome.build(config)
+    learner = trainer.Trainer(make_env, agent, config, config.seed)
+    scored = []
+    inner = agent.log_probs
+    agent.log_probs = lambda items: scored.extend(items) or inner(items)
+    rollout = learner.rollout()
+    print(json.dumps([scored, sorted({*rollout.items})]), flush=True)
+    processes.leave()
+
+
+def test_an_observation_that_several_processes_meet_is_scored_by_one_of_them(start):
+    both = start([*SMALL, "--task", "tomato-lettuce-salad"], 2, scored_in_a_rollout).finish()
+    assert [code for code, _, _ in both] == [0, 0], both
+    (one, met), (other, known) = (json.loads(said) for _, said, _ in both)
+    assert met == known and sorted([*one, *other]) == met  # each once
+    assert min(len(one), len(other)) > 0.3 * len(met)
+
+
 # -----------------------------------------------------------------------------
 # Ends.
 
