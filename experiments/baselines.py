@@ -126,8 +126,9 @@ class OurEpisodes(ppo.Episodes):
 
 
 # Published scripts: 4 x 128 steps, 4 minibatches, 4 epochs, no bound on the KL, gamma 0.99 in the
-# home as well, the whole kitchen in view, and 0.1 a chop. There policy and critic had one Adam and
-# one gradient norm; here they have two, as ppo.py has.
+# home as well, the whole kitchen in view, and 0.1 a chop. The rest is ppo.py's in every form: an
+# Adam and a gradient norm for policy and critic each, advantages normalised over the whole rollout,
+# and a time limit that is no end.
 PUBLISHED = {"num_envs": 4, "rollout_steps": 128, "epochs": 4, "minibatch": 128, "entropy": 0.01,
              "target_kl": 0.0}
 RATES = {"tomato-salad": 1e-4, "tomato-lettuce-salad": 5e-4, "food-preparation": 1e-3,

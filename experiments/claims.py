@@ -70,11 +70,11 @@ class Job:
 
 
 # CPU minutes of a run and of an evaluation of one task, by model: rough, from first runs.
-LEARN = {"pocket_lm": {"tomato-salad": 0.6, "tomato-lettuce-salad": 5, "food-preparation": 0.6,
-                       "entertainment": 5},
-         "smollm2": {"tomato-salad": 5, "tomato-lettuce-salad": 35, "food-preparation": 4,
-                     "entertainment": 18}}
-PLAY = {"pocket_lm": 0.2, "smollm2": 1.5}
+LEARN = {"pocket_lm": {"tomato-salad": 0.4, "tomato-lettuce-salad": 4, "food-preparation": 0.5,
+                       "entertainment": 3.2},
+         "smollm2": {"tomato-salad": 6, "tomato-lettuce-salad": 32, "food-preparation": 6,
+                     "entertainment": 45}}
+PLAY = {"pocket_lm": 0.04, "smollm2": 0.4}
 
 
 def learn_job(options, model, norm, task, seed, variant="", change="", **flags):
