@@ -103,7 +103,7 @@ class Trainer(ppo.PPO):
         Samples of equal items stay together, because the scorer computes an item once. Items are
         sorted, because those that begin alike share what they begin with.
         """
-        count = self.config.gradient_accumulation
+        count = -(-self.config.gradient_accumulation // self.world)  # parts of each process
         items = sorted({rollout.items[i] for i in batch}, key=repr)
         part = {item: n * self.world * count // len(items) for n, item in enumerate(items)}
         mine = range(self.rank * count, (self.rank + 1) * count)
