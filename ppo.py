@@ -27,7 +27,8 @@ This file imports nothing of the project and knows no language model. An agent i
     policy_changed()                     called after every step of the policy
     drift(turn, part) -> scalar          for Config.base_kl alone: how far the policy has moved from
                                          its beginning, in nats, with gradients; turn counts calls,
-                                         part is a slice of what it is measured on: parts add up
+                                         part is a slice of the two texts (or halves) that it is
+                                         measured on; the drifts of parts add up to the whole
 
 Our deliberate differences from the published code: a time limit is a truncation, not an end; the
 advantages are normalised over the whole rollout, with a floor under their deviation; policy and

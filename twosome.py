@@ -345,14 +345,14 @@ class Agent:
 
         Our choice: it keeps what the LLM knows where the reward is silent. The base's own texts
         need no data, and they are where it is at home. Each turn takes the next two of them.
-        With `part` of the two, return what this part adds to the mean.
+        `part` selects some of the two: then return what these add to the mean.
         """
         pairs = self.own_texts()  # [64, 2, S]
         pair = pairs[turn % len(pairs)]
         with torch.no_grad(), self.model.disable_adapter():
             base = self.model(input_ids=pair[part], use_cache=False).logits.float().log_softmax(-1)
         here = self.model(input_ids=pair[part], use_cache=False).logits.float().log_softmax(-1)
-        return (base.exp() * (base - here)).sum() / pair.numel()  # the sum is over [2, S, V]
+        return (base.exp() * (base - here)).sum() / pair.numel()  # a mean over [2, S]
 
     def tree(self, item):
         """Return the trie of one item's tokens, from which its cost can be told."""

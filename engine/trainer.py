@@ -9,10 +9,12 @@
     step               leave out a step whose gradient is not finite, and count it
     state_dict, load_state_dict    what a checkpoint needs for a bit-for-bit continuation
 
-With one process and gradient_accumulation 1 it computes exactly what ppo.PPO computes. Several
-processes step a share of the environments each, and score a share of the distinct items, while they
-act and in each minibatch: an item must be hashable. Every process does everything else alike, the
-critic's steps included, because sending the gradient of a small MLP takes longer than computing it.
+With one process and gradient_accumulation 1 it computes exactly what ppo.PPO computes, if the agent
+scores equal items once, as twosome.Agent does. Several processes step a share of the environments
+each. They also score a share of the distinct items each, in acting and in every minibatch. So an
+item must be a value, as a tuple of texts is: it can be hashed and pickled, and its copy is equal to
+it. Every process does everything else alike, the critic's steps included, because sending the
+gradient of a small MLP takes longer than computing it.
 """
 import dataclasses
 import sys
@@ -58,7 +60,7 @@ class Trainer(ppo.PPO):
 
     def rollout(self):
         """Act, and join the rollouts of all processes, environments side by side."""
-        self.scores = {}
+        self.scores = {}  # the policy has moved since the last rollout
         parts = [vars(part).values() for part in gather(super().rollout())]
         items, *columns = zip(*parts, strict=True)
         rows = (each[n:n + self.size] for n in range(0, len(items[0]), self.size) for each in items)
@@ -69,16 +71,18 @@ class Trainer(ppo.PPO):
         return joined
 
     def log_probs(self, items):
-        """Score what all environments show: each item that is new, in one process alone."""
-        new = sorted({*sum(gather(items), [])} - self.scores.keys(), key=repr)
+        """Score what the environments of all processes show, a new item in one process alone."""
+        # Not a set, whose order differs between processes.
+        new = [*dict.fromkeys(x for x in sum(gather(items), []) if x not in self.scores)]
         mine = new[self.rank * len(new) // self.world:(self.rank + 1) * len(new) // self.world]
+        # Scores travel through the CPU, because a process cannot read another one's GPU.
         own = [log_pi.cpu() for log_pi in (mine and self.agent.log_probs(mine))]
         scores = sum(gather(own), []) if new else []
         self.scores.update(zip(new, scores, strict=True))
         return [self.scores[item] for item in items]
 
     def hold(self, turn, part=slice(None)):
-        """Hold the policy on two texts: with several processes, the first two take one each."""
+        """Hold the policy on two texts. Of several processes, the first two take one text each."""
         if self.rank < 2:
             super().hold(turn, slice(self.rank, None, self.world))
 
@@ -104,7 +108,7 @@ class Trainer(ppo.PPO):
         sorted, because those that begin alike share what they begin with.
         """
         count = -(-self.config.gradient_accumulation // self.world)  # parts of each process
-        items = sorted({rollout.items[i] for i in batch}, key=repr)
+        items = sorted(dict.fromkeys(rollout.items[i] for i in batch), key=repr)
         part = {item: n * self.world * count // len(items) for n, item in enumerate(items)}
         mine = range(self.rank * count, (self.rank + 1) * count)
         split = [[i for i in batch.tolist() if part[rollout.items[i]] == n] for n in mine]
@@ -113,7 +117,8 @@ class Trainer(ppo.PPO):
     def add_up(self, measured):
         """Add up gradients and measures over all processes, in one message. Returns the sums."""
         weights = self.agent.policy_parameters()
-        # A process whose share was empty has no gradients yet: this makes them zeros.
+        # A process whose share was empty has no gradients yet. The backward pass of this zero makes
+        # them zeros, and leaves all others as they are.
         sum(0 * weight.sum() for weight in weights).backward()
         grads = [weight.grad for weight in weights]
         sums = grads[0].new_tensor(list(measured.values()))
@@ -127,9 +132,9 @@ class Trainer(ppo.PPO):
         """Take the step, unless the gradient is not finite: then leave it out and count it."""
         name = "policy" if optimizer is self.policy_optimizer else "critic"
         grads = [parameter.grad for parameter in optimizer.param_groups[0]["params"]]
-        fine = torch.nn.utils.get_total_norm(g for g in grads if g is not None).isfinite()
-        self.in_a_row[name] = 0 if fine else self.in_a_row[name] + 1
-        if fine:
+        finite = torch.nn.utils.get_total_norm(g for g in grads if g is not None).isfinite()
+        self.in_a_row[name] = 0 if finite else self.in_a_row[name] + 1
+        if finite:
             return super().step(optimizer)
         optimizer.zero_grad(set_to_none=True)
         self.skipped += 1

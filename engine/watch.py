@@ -62,7 +62,7 @@ class Report(contextlib.ExitStack):
         say(f"{self.config.env}: {title(self.config)}, {self.config.norm} normalisation, seed"
             f" {self.config.seed} -> {self.run.folder}")
         items, chance = random_walk(self.make_env(), agent, self.config.gamma)
-        # Equal items of a minibatch are computed once, so it takes no more than there are.
+        # A minibatch computes equal items once. Take the random walk's for all that there are.
         samples = -(-min(self.config.minibatch, len(items)) // self.config.gradient_accumulation)
         say(models.preflight(agent.model, [*map(agent.tree, items)], samples, [agent.critic]))
         if not self.trainer.updates:
