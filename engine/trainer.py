@@ -81,7 +81,7 @@ class Trainer(ppo.PPO):
         self.scores.update(zip(new, scores, strict=True))
         return [self.scores[item] for item in items]
 
-    def hold(self, turn, part=slice(None)):
+    def hold(self, turn):
         """Hold the policy on two texts. Of several processes, the first two take one text each."""
         if self.rank < 2:
             super().hold(turn, slice(self.rank, None, self.world))
