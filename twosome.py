@@ -29,7 +29,6 @@ import contextlib
 import dataclasses
 import functools
 import os
-import random
 import signal
 import sys
 
@@ -42,6 +41,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+import transformers
 from torch.nn.utils.rnn import pad_sequence
 
 import envs
@@ -199,17 +199,15 @@ def normalize(joint, token_counts, word_counts, normalization="word", seam=0.0):
         token, equation 3:  pi(a_k | d) = softmax over k of  log P(a_k | d) / N_k
         word, equation 4:   pi(a_k | d) = softmax over k of  log P(a_k | d) / W_k
 
-    N_k counts the phrase's tokens and W_k its words. "sum" (or "none") divides by nothing. Word
+    N_k counts the phrase's tokens and W_k its words. "sum" (or "none") divides by 1. Word
     normalisation is the paper's choice: it does not favour short phrases, and it does not reward
     a word for being cut into many tokens, most of which are near certain. `seam` is the part of
     the score that is divided by no length (see policy); it is nearly always 0.
     """
-    lengths = {"sum": None, "none": None, "token": token_counts, "word": word_counts}
+    lengths = {"sum": 1, "none": 1, "token": token_counts, "word": word_counts}
     if normalization not in lengths:
         raise trie.ScoringError(f"unknown normalisation {normalization!r}; choose sum, token, word")
-    logits = joint
-    if lengths[normalization]:
-        logits = joint / joint.new_tensor(lengths[normalization])
+    logits = joint / joint.new_tensor(lengths[normalization])
     return (logits + seam).log_softmax(-1)
 
 
@@ -237,19 +235,26 @@ def observation_text(info):
         return prompt, tuple(phrases[k] for k in info["admissible"] or range(len(phrases)))
     for name in ("prompt", "actions"):
         if name not in info:
-            raise trie.ScoringError(f'the environment\'s info lacks "{name}"; it must hold the'
-                                    ' observation as info["prompt"], a text, and the phrases of'
-                                    ' the admissible actions as info["actions"], a list of texts')
+            raise trie.ScoringError(f'the environment\'s info lacks "{name}"; give info["prompt"],'
+                                    ' a text, and info["actions"], a list of phrases')
     actions, admissible = info["actions"], info.get("admissible")
     if isinstance(actions, (str, bytes)) or not hasattr(actions, "__iter__"):
         raise trie.ScoringError(f'info["actions"] is {actions!r:.60}; it must be a list of texts')
     actions = tuple(actions)
     check_text(info["prompt"], actions)
     if admissible is not None and np.shape(admissible) not in ((0,), (len(actions),)):
-        raise trie.ScoringError(f'info["actions"] has {len(actions)} phrases, but info'
-                                f'["admissible"] is {admissible!r:.60}; phrase k stands'
-                                " for the action admissible[k], so give as many")
+        raise trie.ScoringError(f'info["actions"] has {len(actions)} phrases; info["admissible"] is'
+                                f" {admissible!r:.60}, and needs an action for each phrase")
     return info["prompt"], actions
+
+
+def remember(memory, keys, work, size=sys.maxsize):
+    """Return the memory's value of each key; work gives those of new keys, `size` at a time."""
+    new = [key for key in dict.fromkeys(keys) if key not in memory]
+    for n in range(0, len(new), size):
+        part = new[n:n + size]
+        memory.update(zip(part, work(part), strict=True))
+    return [memory[key] for key in keys]
 
 
 class Agent:
@@ -260,8 +265,8 @@ class Agent:
     has the methods that ppo.py asks for; an item is (prompt, phrases).
     """
 
-    # Our choice: keep at most 64 MiB of features, and drop those not asked for the longest.
-    FEATURE_BYTES = 64 * 2**20
+    # Our choice: how many prompts' features are remembered at most.
+    FEATURES = 16_384
 
     def __init__(self, model, tokenizer, normalization="word", lora_rank=8, lora_alpha=16,
                  lora_targets=""):
@@ -270,14 +275,13 @@ class Agent:
         self.tokenizer = tokenizer
         self.normalization = normalization
         self.scores = {}  # item -> log pi, while the policy stands still
-        # Ask the model itself for H, because configurations name it differently.
-        hidden = self.last_hidden("a").numel()
         # The base never changes, so a prompt's feature stays right for good: an update of the
         # critic is an update of a small MLP, without a pass through the LLM.
-        self.feature = functools.lru_cache(self.FEATURE_BYTES // (4 * hidden))(self.last_hidden)
-        # H -> 1024 -> 512 -> 1, ReLU, no biases: published scripts.
+        self.known = {}  # prompt -> its feature, what the critic reads of it
+        # H -> 1024 -> 512 -> 1, ReLU, no biases: published scripts. Ask the model itself for H,
+        # because configurations name it differently.
         self.critic = torch.nn.Sequential(
-            torch.nn.Linear(hidden, 1024, bias=False), torch.nn.ReLU(),
+            torch.nn.Linear(self.last_hidden(["a"]).numel(), 1024, bias=False), torch.nn.ReLU(),
             torch.nn.Linear(1024, 512, bias=False), torch.nn.ReLU(),
             torch.nn.Linear(512, 1, bias=False)).to(self.model.device)
         # Our choice: the last layer starts at zero. A random value is noise in the first
@@ -297,10 +301,7 @@ class Agent:
         """
         if torch.is_grad_enabled():
             return self.score(items)
-        new = [item for item in dict.fromkeys(items) if item not in self.scores]
-        if new:
-            self.scores.update(zip(new, self.score(new), strict=True))
-        return [self.scores[item] for item in items]
+        return remember(self.scores, items, self.score)
 
     def score(self, items):
         """Score the items with the adapter as it is: a list of float32 [A]."""
@@ -320,21 +321,30 @@ class Agent:
             yield self
 
     @torch.no_grad()
-    def last_hidden(self, prompt):
-        """Return what the critic reads of a prompt: float32 [H].
+    def last_hidden(self, prompts):
+        """Return what the critic reads of each prompt: float32 [B, H].
 
         It is the hidden state of the prompt's last token, after the final norm, with the adapter
-        off. Each prompt goes through the LLM alone: so there is no padding to mistake for its
-        end, and the bits do not depend on what else is in a batch.
+        off. The zeros behind shorter prompts change nothing: no token sees a later one.
         """
-        ids = torch.tensor(encode(self.tokenizer, [prompt]), device=self.model.device)  # [1, S]
+        rows = [torch.tensor(ids) for ids in encode(self.tokenizer, prompts)]
+        ids = pad_sequence(rows, batch_first=True).to(self.model.device)
         with self.model.disable_adapter():
             output = models.text_model(self.model)(input_ids=ids, use_cache=False)
-        return output.last_hidden_state[0, -1].float()
+        lasts = [len(row) - 1 for row in rows]  # never -1: that may be a pad
+        return output.last_hidden_state[range(len(rows)), lasts].float()
 
     def features(self, prompts):
-        """Return the critic's input for each prompt: float32 [B, H]."""
-        return torch.stack([self.feature(prompt) for prompt in prompts])
+        """Return last_hidden of each prompt: float32 [B, H]. Remember it; forget the oldest.
+
+        On a CPU each prompt goes through the LLM alone: so the bits do not depend on what else is
+        in a batch. A GPU reads many prompts in the time of one.
+        """
+        size = 1 if self.model.device.type == "cpu" else 64
+        features = torch.stack(remember(self.known, prompts, self.last_hidden, size))
+        while len(self.known) > self.FEATURES:
+            self.known.pop(next(iter(self.known)))
+        return features
 
     def values(self, items):
         """Return V(d) of each item: float32 [B]. Gradients reach the MLP alone."""
@@ -371,13 +381,6 @@ class Agent:
 # Training (section 4.3).
 
 
-def seed_everything(seed):
-    """Seed every generator. Call it before building."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
 def make_world(config):
     """Return the maker of the environments that a command.Config names.
 
@@ -398,7 +401,7 @@ def build(config):
     make_env = make_world(config)
     # A wrong name is found here, before a model is loaded.
     make_env()
-    seed_everything(config.seed)
+    transformers.set_seed(config.seed)
     model, tokenizer = models.load(config.model, config.dtype, config.device, config.load_in)
     # Our choice: one thread for a small model. More gain nothing, and would change the last bits.
     if model.num_parameters() < models.LARGE and "OMP_NUM_THREADS" not in os.environ:

@@ -25,6 +25,7 @@ import time
 
 import numpy as np
 import torch
+import transformers
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import envs
@@ -162,7 +163,7 @@ def vector(job):
     masked = {} if mask else {"mask": False}
     counted = {**masked, **({"view": told["view"]} if "view" in told else {})}
     make = functools.partial(envs.make, env, task=task)
-    twosome.seed_everything(job["seed"])
+    transformers.set_seed(job["seed"])
     torch.set_num_threads(1)
     learner = ppo.PPO(lambda: Twin(make(**told, **masked), make(**counted)),
                       Vector(make()), config, job["seed"])
@@ -472,18 +473,23 @@ class HeadRandom(twosome.Agent):
         self.critic[-1].reset_parameters()
 
 
+@torch.no_grad()
+def last_hidden(model, tokenizer, prompts):
+    """Return the hidden state of each prompt's last token, by the model as it is: float32 [B, H]."""
+    decoder = twosome.models.text_model(model)
+    rows = [torch.tensor([ids], device=model.device) for ids in twosome.encode(tokenizer, prompts)]
+    return torch.stack([decoder(input_ids=row, use_cache=False)[0][0, -1].float() for row in rows])
+
+
 class CriticAdapted(twosome.Agent):
     """The critic reads the LLM with the adapter on, so its features change with the policy."""
 
-    @torch.no_grad()
-    def last_hidden(self, prompt):
-        ids = torch.tensor(twosome.encode(self.tokenizer, [prompt]), device=self.model.device)
-        output = twosome.models.text_model(self.model)(input_ids=ids, use_cache=False)
-        return output.last_hidden_state[0, -1].float()
+    def last_hidden(self, prompts):
+        return last_hidden(self.model, self.tokenizer, prompts)
 
     def policy_changed(self):
         super().policy_changed()
-        self.feature.cache_clear()
+        self.known.clear()
 
 
 class FullFinetune(twosome.Agent):
@@ -499,11 +505,8 @@ class FullFinetune(twosome.Agent):
         """Whether a weight of the peft model learns."""
         return "lora_" not in name
 
-    @torch.no_grad()
-    def last_hidden(self, prompt):
-        ids = torch.tensor(twosome.encode(self.tokenizer, [prompt]), device=self.frozen.device)
-        output = twosome.models.text_model(self.frozen)(input_ids=ids, use_cache=False)
-        return output.last_hidden_state[0, -1].float()
+    def last_hidden(self, prompts):
+        return last_hidden(self.frozen, self.tokenizer, prompts)
 
 
 class HeadAlone(FullFinetune):

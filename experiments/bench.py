@@ -38,7 +38,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import envs
 import ppo
 import twosome
-from engine import command, models, processes, runs, trainer
+from engine import command, models, processes, runs, trainer, watch
 from experiments.measure import Clock, cost, machine, matmul_peak, timed
 
 RESULTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results")
@@ -191,7 +191,7 @@ class Pair:
     def critic(self, way, met, forget=False):
         """Values of a rollout, and of its minibatches with the critic's gradient."""
         if forget and way is self.agent:
-            self.agent.feature.cache_clear()
+            self.agent.known.clear()
         with torch.no_grad():
             for batch in [met] if way is self.agent else fours(met):
                 way.values(batch)
@@ -199,14 +199,18 @@ class Pair:
             way.values(met[k::4]).sum().backward()
         self.agent.critic.zero_grad(set_to_none=True)
 
-    def parts(self, default):
-        """Return [(name, ours, published)]: functions of nothing, to be timed in turn."""
+    def parts(self, default, prompts):
+        """Return [(name, ours, published)]: functions of nothing, to be timed in turn.
+
+        The parts without PPO take so many distinct prompts, as a random walk meets them.
+        """
         ours, old = self.agent, self.old
         both = self.trainers(PUBLISHED_SIZES)
         self.iterate(*both)  # warms both up, and meets the first prompts
         self.iterate(*both[::-1])
         met = both[0].last.items  # T x N, time first, as an untrained policy comes upon them
-        distinct = list(dict.fromkeys(met))[:32]
+        walk, _ = watch.random_walk(envs.make("overcooked", task=self.task), ours, 0.99)
+        distinct = [*walk][:prompts]
         quarters = [met[k::4] for k in range(4)]
         # The published way takes items with a number of their own.
         alone, rolled = ([(*item, 0) for item in items] for items in (distinct, met))
@@ -282,11 +286,12 @@ def compare(options):
         torch.set_num_threads(options.threads)
     peak = matmul_peak(agent.model.device, agent.model.dtype)
     flags = ["--preset", "hub"] if options.shape else ["--model", options.model]
+    flags += options.flags.split()
     default = command.parse(["--task", options.task, *flags])[0]
     pair = Pair(agent, options.task)
     rows = []
     print(HEADER)
-    for name, *ways in pair.parts(default):
+    for name, *ways in pair.parts(default, options.prompts):
         if options.part not in name:
             continue
         for row in rows_of(name, ways, agent, options.repeats, peak):
@@ -297,7 +302,7 @@ def compare(options):
     with open(os.path.join(options.out, f"{options.name}.md"), "w") as file:
         file.write("\n".join([HEADER, *map(markdown, rows)]) + "\n")
     base = agent.model.get_base_model()
-    return {"task": options.task, "threads": torch.get_num_threads(), "dtype": str(base.dtype),
+    return {"task": options.task, "flags": options.flags, "threads": torch.get_num_threads(), "dtype": str(base.dtype),
             "parameters": base.num_parameters(), "matmul_peak_gflops": peak / 1e9,
             "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             "largest_difference_of_metrics": pair.gaps, "rows": rows}
@@ -419,6 +424,10 @@ def main(argv=None):
     parser.add_argument("--model", default="pocket_lm", help="as twosome.py's --model")
     parser.add_argument("--dtype", default="auto", help="as twosome.py's --dtype")
     parser.add_argument("--task", default="tomato-salad", help="a task of Overcooked")
+    parser.add_argument("--flags", default="", help="of --compare: more flags of twosome.py, as"
+                        " --flags='--num-envs 16'")
+    parser.add_argument("--prompts", type=int, default=32, help="of --compare: distinct prompts of"
+                        " the parts without PPO")
     parser.add_argument("--part", default="", help="of --compare: parts whose name has this")
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each part")
     parser.add_argument("--steps", type=int, default=0, help="of --profile; 0: the preset's")
@@ -433,7 +442,8 @@ def main(argv=None):
     chosen = [kind for kind in work if getattr(options, kind)]
     usual = "" if options.model == "pocket_lm" else f"-{os.path.basename(options.model)}"
     usual += "" if options.dtype == "auto" else f"-{options.dtype}"
-    usual += "-part" if options.part else ""
+    usual += f"-{options.task}" if options.task != "tomato-salad" else ""
+    usual += "".join(f"-{word}" for word in options.part.split())
     for kind in chosen or (["compare"] if options.shape else list(work)):
         options.name = kind + usual + (f"-{options.shape}" if options.shape else "")
         before = machine()

@@ -130,7 +130,7 @@ def iteration(agent, world, config):
     learner = trainer.Trainer(lambda: copy.copy(world), agent, config)
 
     def iterate():
-        agent.feature.cache_clear()
+        agent.known.clear()
         learner.iterate()
 
     iterate()

@@ -279,6 +279,16 @@ def test_a_feature_does_not_feel_any_batch(agent):
     assert beside.item() == pytest.approx(value.item(), abs=1e-5)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2", "mistral-window"])
+def test_many_prompts_at_once_have_the_features_of_each_alone(name):
+    """As a GPU reads them: the zeros behind a shorter prompt are seen by nobody."""
+    tokenizer = models.load("pocket_lm")[1]
+    agent = twosome.Agent(tiny.model(name, len(tokenizer)), tokenizer)
+    prompts = ["You see a tomato.", "word " * 20 + "end", PROMPTS[0], "a"]
+    alone = torch.cat([agent.last_hidden([prompt]) for prompt in prompts])
+    torch.testing.assert_close(agent.last_hidden(prompts), alone, atol=1e-5, rtol=1e-5)
+
+
 # -----------------------------------------------------------------------------
 # What is remembered.
 
@@ -323,7 +333,7 @@ def test_only_what_is_new_is_scored(agent):
 
 def test_remembered_features_are_bounded():
     class Short(twosome.Agent):
-        FEATURE_BYTES = 5 * 4 * models.load("pocket_lm")[0].config.hidden_size
+        FEATURES = 5
 
     agent = Short(*models.load("pocket_lm"))
     for i in range(8):
@@ -538,7 +548,7 @@ def test_loading_leaves_the_folder_alone(run, tmp_path):
 
 
 def trained_from_python(seed):
-    twosome.seed_everything(seed)
+    transformers.set_seed(seed)
     torch.set_num_threads(1)
     agent = twosome.Agent(*models.load("pocket_lm"))
     return agent, train(learner(agent, 128))

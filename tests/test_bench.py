@@ -140,7 +140,7 @@ def test_the_cost_model_predicts_the_calls_and_flops_of_a_real_iteration(agent):
     world = cost_model.Drill(distinct=64, prompt=10)
     trainer = ppo.PPO(lambda: copy.copy(world), agent, cost_model.BASE, seed=1)
     trainer.iterate()
-    agent.feature.cache_clear()
+    agent.known.clear()
     with measure.Count(agent) as count:
         trainer.iterate()
     items, base = items_of(world), cost_model.BASE

@@ -529,7 +529,7 @@ def test_a_variant_trains_what_it_says(variant, monkeypatch):
     config, _ = command.parse(flags)
     agent, make_env = twosome.build(config)
     before = {name: weight.clone() for name, weight in agent.model.named_parameters()}
-    feature = agent.last_hidden("You see a tomato.")
+    feature = agent.last_hidden(["You see a tomato."])
     learner = twosome.Trainer(make_env, agent, config, 1)
     rollout = learner.rollout()
     learner.update(rollout, torch.randn(16, 2), rollout.values)
@@ -539,7 +539,7 @@ def test_a_variant_trains_what_it_says(variant, monkeypatch):
     assert adapted == (variant == "critic-adapted")
     assert variant != "head-alone" or moved == {"base_model.model.lm_head.weight"}
     assert variant != "full-finetune" or len(moved) > 30
-    same = torch.equal(agent.last_hidden("You see a tomato."), feature)
+    same = torch.equal(agent.last_hidden(["You see a tomato."]), feature)
     assert same == (variant != "critic-adapted")
 
 

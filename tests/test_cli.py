@@ -15,6 +15,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import envs
 import ppo
@@ -113,7 +114,7 @@ def test_the_metrics_begin_with_the_untrained_policy(finished):
     found = rows(finished[0])
     assert [int(row["update"]) for row in found] == [0, 1, 2, 3, 4]
     assert [int(row["steps"]) for row in found] == [0, 64, 128, 192, 256]
-    twosome.seed_everything(1)
+    transformers.set_seed(1)
     agent, make_env = twosome.build(command.parse([])[0])
     played = ppo.evaluate(make_env, agent, 12, command.EVALUATION_SEED, 0.99)
     assert float(found[0]["return"]) == pytest.approx(played["returns"].mean())
@@ -318,7 +319,7 @@ def test_an_evaluation_without_a_run_is_the_untrained_llms(capfd, tmp_path):
     assert twosome.main(flags) == 0
     printed = lines(capfd.readouterr().out)
     assert printed[0].startswith("tomato-salad, untrained") and len(printed) == 2
-    twosome.seed_everything(1)
+    transformers.set_seed(1)
     agent, make_env = twosome.build(command.parse([])[0])
     played = ppo.evaluate(make_env, agent, 5, command.EVALUATION_SEED, 0.99)
     found = read_json(out)["overcooked/tomato-salad"]["untrained"]

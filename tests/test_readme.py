@@ -162,7 +162,7 @@ def test_there_are_snippets_for_scores_for_a_run_and_for_a_world():
     code = "\n".join(snippets())
     for word in ("score_actions(", "twosome.load(", "def reset(", "def step("):
         assert word in code
-    assert "seed_everything(" in read("README.md")
+    assert "set_seed(" in read("README.md")
 
 
 def test_the_world_of_ones_own_trains_by_the_command_that_stands_there(made):

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import transformers
 from test_ppo import MLP, SMALL, Corridor, copies, equal
 
 import envs
@@ -23,7 +24,7 @@ def make_kitchen():
 
 
 def pocket():
-    twosome.seed_everything(3)
+    transformers.set_seed(3)
     return twosome.Agent(*models.load("pocket_lm"))
 
 
