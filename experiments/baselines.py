@@ -475,7 +475,7 @@ class HeadRandom(twosome.Agent):
 
 @torch.no_grad()
 def last_hidden(model, tokenizer, prompts):
-    """Return the hidden state of each prompt's last token, by the model as it is: float32 [B, H]."""
+    """Return the hidden state of each prompt's last token, the model as it is: float32 [B, H]."""
     decoder = twosome.models.text_model(model)
     rows = [torch.tensor([ids], device=model.device) for ids in twosome.encode(tokenizer, prompts)]
     return torch.stack([decoder(input_ids=row, use_cache=False)[0][0, -1].float() for row in rows])

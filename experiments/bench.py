@@ -206,9 +206,9 @@ class Pair:
         """
         ours, old = self.agent, self.old
         both = self.trainers(PUBLISHED_SIZES)
-        self.iterate(*both)  # warms both up, and meets the first prompts
-        self.iterate(*both[::-1])
-        met = both[0].last.items  # T x N, time first, as an untrained policy comes upon them
+        first, _ = self.trainers(PUBLISHED_SIZES)
+        first.iterate()
+        met = first.last.items  # T x N, time first, as an untrained policy comes upon them
         walk, _ = watch.random_walk(envs.make("overcooked", task=self.task), ours, 0.99)
         distinct = [*walk][:prompts]
         quarters = [met[k::4] for k in range(4)]
@@ -237,7 +237,7 @@ class Pair:
 
 
 def rows_of(name, ways, agent, repeats, peak):
-    """Time both ways of a part in turn, after one warm-up of each. Returns rows for the table."""
+    """Time the ways of a part in turn, after one warm-up of each. Returns rows for the table."""
     memory = []
     for way in ways:
         if agent.model.device.type == "cuda":
@@ -255,9 +255,9 @@ def rows_of(name, ways, agent, repeats, peak):
     rows = []
     for column, part in enumerate([name, "- its rollout", "- its update"][:costs.shape[2]]):
         seconds, tokens, flops = costs[:, :, column].transpose(2, 0, 1)  # each [repeats, ways]
-        low, middle, high = np.quantile(seconds[:, 1] / seconds[:, 0], (0.25, 0.5, 0.75)).tolist()
+        low, middle, high = np.quantile(seconds[:, -1] / seconds[:, 0], (0.25, 0.5, 0.75)).tolist()
         row = {"part": part, "ratio": middle, "ratio_quartiles": [low, high], "repeats": repeats}
-        for k, side in enumerate(("ours", "published")):
+        for k, side in enumerate(("ours", "published")[:len(ways)]):
             row[side] = {"seconds": float(np.median(seconds[:, k])),
                          "tokens": int(np.median(tokens[:, k])), "memory_gb": memory[k],
                          "peak_share": float(np.median(flops[:, k] / seconds[:, k] / peak))}
@@ -271,8 +271,11 @@ HEADER = """| part | ours, ms | published, ms | times faster (quartiles) | token
 
 def markdown(row):
     """Return a line of the table; tokens and shares of the peak are ours / published."""
-    ours, published = row["ours"], row["published"]
+    ours, published = row["ours"], row.get("published")
     low, high = row["ratio_quartiles"]
+    if not published:
+        return (f"| {row['part']} | {1e3 * ours['seconds']:.1f} | - | - | {ours['tokens']:,}"
+                f" | {ours['peak_share']:.0%} |")
     return (f"| {row['part']} | {1e3 * ours['seconds']:.1f} | {1e3 * published['seconds']:.1f}"
             f" | {row['ratio']:.1f} ({low:.1f} to {high:.1f})"
             f" | {ours['tokens']:,} / {published['tokens']:,}"
@@ -294,7 +297,7 @@ def compare(options):
     for name, *ways in pair.parts(default, options.prompts):
         if options.part not in name:
             continue
-        for row in rows_of(name, ways, agent, options.repeats, peak):
+        for row in rows_of(name, ways[:1 + (not options.ours)], agent, options.repeats, peak):
             rows.append(row)
             print(markdown(row), flush=True)
     if not rows:
@@ -302,8 +305,9 @@ def compare(options):
     with open(os.path.join(options.out, f"{options.name}.md"), "w") as file:
         file.write("\n".join([HEADER, *map(markdown, rows)]) + "\n")
     base = agent.model.get_base_model()
-    return {"task": options.task, "flags": options.flags, "threads": torch.get_num_threads(), "dtype": str(base.dtype),
-            "parameters": base.num_parameters(), "matmul_peak_gflops": peak / 1e9,
+    return {"task": options.task, "flags": options.flags, "threads": torch.get_num_threads(),
+            "dtype": str(base.dtype), "parameters": base.num_parameters(),
+            "matmul_peak_gflops": peak / 1e9,
             "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             "largest_difference_of_metrics": pair.gaps, "rows": rows}
 
@@ -424,6 +428,7 @@ def main(argv=None):
     parser.add_argument("--model", default="pocket_lm", help="as twosome.py's --model")
     parser.add_argument("--dtype", default="auto", help="as twosome.py's --dtype")
     parser.add_argument("--task", default="tomato-salad", help="a task of Overcooked")
+    parser.add_argument("--ours", action="store_true", help="of --compare: our way alone")
     parser.add_argument("--flags", default="", help="of --compare: more flags of twosome.py, as"
                         " --flags='--num-envs 16'")
     parser.add_argument("--prompts", type=int, default=32, help="of --compare: distinct prompts of"
@@ -443,7 +448,7 @@ def main(argv=None):
     usual = "" if options.model == "pocket_lm" else f"-{os.path.basename(options.model)}"
     usual += "" if options.dtype == "auto" else f"-{options.dtype}"
     usual += f"-{options.task}" if options.task != "tomato-salad" else ""
-    usual += "".join(f"-{word}" for word in options.part.split())
+    usual += "".join(f"-{word}" for word in options.part.split()) + "-ours" * options.ours
     for kind in chosen or (["compare"] if options.shape else list(work)):
         options.name = kind + usual + (f"-{options.shape}" if options.shape else "")
         before = machine()

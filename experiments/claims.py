@@ -1389,23 +1389,35 @@ def unmasked(found, model):
     return count_of(judged)
 
 
-CLAIMS = {
+CLAIMS = {  # the claim in our words: (where the paper makes it, how it is judged here)
     "TWOSOME takes fewer steps to 90 % than every baseline without privileged knowledge, interval"
-    " above 1": efficient,
-    "word normalisation is better than none": better_normalised,
-    "finetuning by PPO beats the prompted LLM": beats_untrained,
-    "on unseen tasks a trained agent is no worse than the untrained LLM": generalises,
-    "the LLM keeps its own ability (perplexity on real English within 2 %)": keeps,
+    " above 1": ("figure 5", efficient),
+    "word normalisation is better than none": ("figure 5", better_normalised),
+    "finetuning by PPO beats the prompted LLM": ("figure 5", beats_untrained),
+    "on unseen tasks a trained agent is no worse than the untrained LLM": ("figure 6", generalises),
+    "the LLM keeps its own ability (perplexity on real English within 2 %)": ("table 1", keeps),
     "the LLM answers BIG-bench as before: at most two points lost on average, no task's loss beyond"
-    " its interval": answers,
-    "both home tasks are learned without their action mask (a reader's question)": unmasked,
+    " its interval": ("table 1", answers),
+    "both home tasks are learned without their action mask": ("readers ask", unmasked),
 }
 
 
 def claims_table(found, model):
     """Each claim, what was measured, and whether it holds."""
-    return ["claim", "holds in", "holds"], [[claim, *judge(found, model)]
-                                            for claim, judge in CLAIMS.items()]
+    return ["claim", "paper", "holds in", "holds"], [[claim, source, *judge(found, model)]
+                                                     for claim, (source, judge) in CLAIMS.items()]
+
+
+def verdicts(found):
+    """The claims of both LLMs side by side, without the list of where one does not hold."""
+    rows = []
+    for claim, (source, judge) in CLAIMS.items():
+        row = [claim, source]
+        for measured, holds in (judge(found, model) for model in MODELS):
+            count = measured.partition(";")[0]
+            row.append(holds if count == "-" else f"{holds}: {count}")
+        rows.append(row)
+    return ["claim", "paper", *MODELS], rows
 
 
 TABLES = {"learning": learning_table, "transfer": transfer_table, "efficiency": efficiency_table,
@@ -1441,6 +1453,7 @@ def report(options):
             text += f"## {group}: {model}\n\n{markdown(header, rows)}\n"
             write_csv(options, f"{group}-{model}", [header, *rows])
         write_text(os.path.join(options.out, f"{group}.md"), text)
+    blocks["verdicts both"] = markdown(*verdicts(found))
     write_csv(options, "learning", list_of_runs(found))
     draw(options, found)
     draw_prior(options, found)
@@ -1537,17 +1550,21 @@ def draw_task(panel, found, model, task, axis):
 
     The panel ends where three times TWOSOME's steps are over: PPO goes on far beyond.
     """
-    ends = []
+    ends, best, chance = [], best_return(task), random_result(found, task)
+    lowest = chance["return"] if chance else best
     for label, runs in methods(found, model, task).items():
         x, mean, half = curve(runs, axis)
+        lowest = min(lowest, *mean)
         panel.plot(x, mean, label=label, linewidth=1.2, color=COLOURS[label])
         panel.fill_between(x, mean - half, mean + half, color=COLOURS[label], alpha=0.2,
                            linewidth=0)
         ends += [x[-1]] if label.startswith("TWOSOME") else []
     panel.set_xlim(0, 3 * max(ends) if ends else None)
-    panel.axhline(best_return(task), color="black", linewidth=0.8, linestyle="--",
-                  label="best possible")
-    if chance := random_result(found, task):
+    margin = 0.08 * (best - lowest) or 1.0
+    panel.set_ylim(lowest - margin, best + margin)  # the interval of two seeds may be huge
+    panel.locator_params(axis="x", nbins=4)
+    panel.axhline(best, color="black", linewidth=0.8, linestyle="--", label="best possible")
+    if chance:
         panel.axhline(chance["return"], color="grey", linewidth=0.8, linestyle=":", label="random")
 
 
