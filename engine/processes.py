@@ -29,9 +29,8 @@ class ProcessLost(RuntimeError):
 
 def place():
     """Return (rank, number of processes): (0, 1) where there is only one."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+    several = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
 
 
 @contextlib.contextmanager
@@ -55,8 +54,7 @@ def join():
     numbers = world.isdecimal() and rank.isdecimal() and port.isdecimal()
     if not numbers or int(rank) >= int(world) or not os.environ.get("MASTER_ADDR"):
         raise ProcessError("WORLD_SIZE is set, but not as torchrun does; use torchrun, or unset it")
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if local < torch.cuda.device_count():
+    if (local := int(os.environ.get("LOCAL_RANK", 0))) < torch.cuda.device_count():
         torch.cuda.set_device(local)
     wait = f"up to {RENDEZVOUS} s for {world} processes at {os.environ['MASTER_ADDR']}"
     waiting = threading.Timer(10, print, ["waiting", wait], {"file": sys.stderr, "flush": True})
