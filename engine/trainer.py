@@ -77,10 +77,6 @@ class Trainer(ppo.PPO):
         mine = new[self.rank * len(new) // self.world:(self.rank + 1) * len(new) // self.world]
         # Scores travel through the CPU, because a process cannot read another one's GPU.
         own = [log_pi.cpu() for log_pi in (mine and self.agent.log_probs(mine))]
-        if len(mine) * self.world < len(new):
-            # Others have an item more. Do not wait for them: the critic is asked for these anyway,
-            # and twosome.Agent remembers what is dear about it.
-            self.agent.values(items)
         scores = sum(gather(own), []) if new else []
         self.scores.update(zip(new, scores, strict=True))
         return [self.scores[item] for item in items]

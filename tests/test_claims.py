@@ -742,6 +742,14 @@ def test_a_poorly_told_lake_names_directions_alone_and_may_cost():
     assert free.step(1)[1] == 0
 
 
+def test_the_quest_is_learned_as_its_example_says():
+    with open(os.path.join(claims.ROOT, claims.QUEST.split(":")[0]), encoding="utf-8") as file:
+        example = file.read()
+    job, = (job for job in claims.world_jobs(claims.parse([])) if job.kind == "quest")
+    flags = {"steps": job.arguments["steps"], **job.arguments["flags"]}
+    assert all(f'"--{name}={value}"' in example for name, value in flags.items())
+
+
 def test_worlds_and_quests_are_told_by_seed_and_by_game():
     def run(name, kind, **more):
         return {"name": name, "kind": kind, "arguments": {"model": "pocket_lm", "seed": 1},
@@ -749,12 +757,14 @@ def test_worlds_and_quests_are_told_by_seed_and_by_game():
                 "curve": {"success": [0.125, 0.95]}, **more}
 
     games = {str(seed): {"untrained": {"return": 0.0, "success": 0.0},
-                         "trained": {"return": 0.1 * seed, "success": 1.0}} for seed in (1, 2)}
+                         "trained": {"return": 0.1 * seed, "success": 1.0}}
+             for seed in (18, 1, 2)}
     found = [run("lake-poor-1", "learn"), run("lake-poor-cost-1", "learn"),
              run("quest-1", "quest", games=games)]
     rows = claims.worlds_table(found, "pocket_lm")[1]
     assert [row[0] for row in rows] == ["poor", "poor-cost", "quest"]
     assert rows[0][1:4] == ["12.5%", "1 of 1", "95%"]
     assert claims.quest_table(found, "pocket_lm")[1] == [
-        ["game 1", "0.000 (0%)", "0.100 (100%)"], ["game 2", "0.000 (0%)", "0.200 (100%)"],
-        ["mean", "0.000 (0%)", "0.150 (100%)"]]
+        ["game 18", "0.000 (0%)", "1.800 (100%)"], ["game 1", "0.000 (0%)", "0.100 (100%)"],
+        ["game 2", "0.000 (0%)", "0.200 (100%)"],
+        ["mean of those never played", "0.000 (0%)", "0.150 (100%)"]]
