@@ -331,16 +331,17 @@ class Agent:
         ids = pad_sequence(rows, batch_first=True).to(self.model.device)
         with self.model.disable_adapter():
             output = models.text_model(self.model)(input_ids=ids, use_cache=False)
-        lasts = [len(row) - 1 for row in rows]  # never -1: that may be a pad
+        lasts = [len(row) - 1 for row in rows]  # -1 may be padding
         return output.last_hidden_state[range(len(rows)), lasts].float()
 
     def features(self, prompts):
         """Return last_hidden of each prompt: float32 [B, H]. Remember it; forget the oldest.
 
-        On a CPU each prompt goes through the LLM alone: so the bits do not depend on what else is
-        in a batch. A GPU reads many prompts in the time of one.
+        Each prompt goes through the LLM alone: so the bits do not depend on what else is in a
+        batch, and all processes read the same. One process on a GPU reads many at once, which
+        takes no longer.
         """
-        size = 1 if self.model.device.type == "cpu" else 64
+        size = 1 if self.model.device.type == "cpu" or processes.place()[1] > 1 else 64
         features = torch.stack(remember(self.known, prompts, self.last_hidden, size))
         while len(self.known) > self.FEATURES:
             self.known.pop(next(iter(self.known)))

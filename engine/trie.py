@@ -48,7 +48,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 # Our choice, measured with 1 and with 135 million parameters. A larger tree wastes attention on
 # nodes that may not see each other, a smaller one shares less. A larger forward leaves a CPU's
-# cache; a GPU takes about as long for 16 times as many trees.
+# cache; a GPU takes about as long for 16 times as many.
 NODES = 256  # nodes of a tree, about
 TREES = 4    # trees of a forward on a CPU
 
@@ -307,9 +307,10 @@ def token_log_probs(model, items, nodes=NODES):
     if depth > context(model):
         raise ScoringError(f"shorten the text: {depth} tokens; the context holds {context(model)}")
     trees = [build_tree(part) for part in group(items, nodes)]
-    layout = _layout(model, depth, max(len(tree.ids) for tree in trees))
+    width = max(len(tree.ids) for tree in trees)
+    layout = _layout(model, depth, width)
     if layout:
-        size = TREES if model.device.type == "cpu" else 16 * TREES
+        size = TREES if model.device.type == "cpu" else max(16 * TREES * NODES // width, 1)
         parts = [trees[n:n + size] for n in range(0, len(trees), size)]
         scores = [score for part in parts for score in _forward(model, part, layout)]
     else:

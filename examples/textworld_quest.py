@@ -13,7 +13,7 @@ from textworld.challenges.tw_simple import simple
 
 WANTED = "objective description inventory admissible_commands won lost score max_score".split()
 IDLE = ("examine", "inventory", "look")  # not offered: they change nothing
-NOUN = re.compile(r"^(?!go )\w+ |(?<= )(from|into|on|to|with) ")  # "open the", "to the"
+ARTICLE = re.compile(r"^(?!go )\w+ |(?<= )(from|into|on|to|with) ")  # "open the", "to the"
 
 
 class Quest:
@@ -39,7 +39,7 @@ class Quest:
 
     def tell(self, infos):
         commands = [each for each in infos["admissible_commands"] if not each.startswith(IDLE)]
-        phrases = [NOUN.sub(r"\g<0>the ", re.sub("^go ", "go to ", each)) for each in commands]
+        phrases = [ARTICLE.sub(r"\g<0>the ", re.sub("^go ", "go to ", each)) for each in commands]
         room = infos["description"].split("\n\n")[0]
         # Without the score, a room would look as promising after its reward as before it.
         text = "{objective} Your score is {score} of {max_score}. {room} {inventory}"

@@ -474,7 +474,7 @@ class HeadRandom(twosome.Agent):
 
 
 @torch.no_grad()
-def last_hidden(model, tokenizer, prompts):
+def hidden_one_by_one(model, tokenizer, prompts):
     """Return the hidden state of each prompt's last token, the model as it is: float32 [B, H]."""
     decoder = twosome.models.text_model(model)
     rows = [torch.tensor([ids], device=model.device) for ids in twosome.encode(tokenizer, prompts)]
@@ -485,7 +485,7 @@ class CriticAdapted(twosome.Agent):
     """The critic reads the LLM with the adapter on, so its features change with the policy."""
 
     def last_hidden(self, prompts):
-        return last_hidden(self.model, self.tokenizer, prompts)
+        return hidden_one_by_one(self.model, self.tokenizer, prompts)
 
     def policy_changed(self):
         super().policy_changed()
@@ -506,7 +506,7 @@ class FullFinetune(twosome.Agent):
         return "lora_" not in name
 
     def last_hidden(self, prompts):
-        return last_hidden(self.frozen, self.tokenizer, prompts)
+        return hidden_one_by_one(self.frozen, self.tokenizer, prompts)
 
 
 class HeadAlone(FullFinetune):

@@ -202,7 +202,7 @@ class Pair:
     def parts(self, default, prompts):
         """Return [(name, ours, published)]: functions of nothing, to be timed in turn.
 
-        The parts without PPO take so many distinct prompts, as a random walk meets them.
+        The parts named distinct take so many prompts, as a random walk meets them.
         """
         ours, old = self.agent, self.old
         both = self.trainers(PUBLISHED_SIZES)
@@ -256,7 +256,9 @@ def rows_of(name, ways, agent, repeats, peak):
     for column, part in enumerate([name, "- its rollout", "- its update"][:costs.shape[2]]):
         seconds, tokens, flops = costs[:, :, column].transpose(2, 0, 1)  # each [repeats, ways]
         low, middle, high = np.quantile(seconds[:, -1] / seconds[:, 0], (0.25, 0.5, 0.75)).tolist()
-        row = {"part": part, "ratio": middle, "ratio_quartiles": [low, high], "repeats": repeats}
+        row = {"part": part, "repeats": repeats}
+        if len(ways) > 1:
+            row |= {"ratio": middle, "ratio_quartiles": [low, high]}
         for k, side in enumerate(("ours", "published")[:len(ways)]):
             row[side] = {"seconds": float(np.median(seconds[:, k])),
                          "tokens": int(np.median(tokens[:, k])), "memory_gb": memory[k],
@@ -272,10 +274,10 @@ HEADER = """| part | ours, ms | published, ms | times faster (quartiles) | token
 def markdown(row):
     """Return a line of the table; tokens and shares of the peak are ours / published."""
     ours, published = row["ours"], row.get("published")
-    low, high = row["ratio_quartiles"]
     if not published:
         return (f"| {row['part']} | {1e3 * ours['seconds']:.1f} | - | - | {ours['tokens']:,}"
                 f" | {ours['peak_share']:.0%} |")
+    low, high = row["ratio_quartiles"]
     return (f"| {row['part']} | {1e3 * ours['seconds']:.1f} | {1e3 * published['seconds']:.1f}"
             f" | {row['ratio']:.1f} ({low:.1f} to {high:.1f})"
             f" | {ours['tokens']:,} / {published['tokens']:,}"
@@ -431,8 +433,8 @@ def main(argv=None):
     parser.add_argument("--ours", action="store_true", help="of --compare: our way alone")
     parser.add_argument("--flags", default="", help="of --compare: more flags of twosome.py, as"
                         " --flags='--num-envs 16'")
-    parser.add_argument("--prompts", type=int, default=32, help="of --compare: distinct prompts of"
-                        " the parts without PPO")
+    parser.add_argument("--prompts", type=int, default=32, help="of --compare: how many the"
+                        " parts named distinct take")
     parser.add_argument("--part", default="", help="of --compare: parts whose name has this")
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each part")
     parser.add_argument("--steps", type=int, default=0, help="of --profile; 0: the preset's")

@@ -4,10 +4,10 @@
 
 The model: a rollout makes one call at each step that meets a prompt which is new to it; the
 critic reads each distinct prompt once; each minibatch computes its own distinct prompts, forward
-and backward, in calls of up to trie.NODES x trie.TREES tokens. A call costs a constant, and its
-FLOPs over a rate. Constant and rate are measured on 1 and on 32 prompts; one number more, the
-seconds of everything that is not the model, on one iteration at the base point. Nothing is fitted
-to the curves. Not for every world: here prompts are met at random.
+and backward, in calls of up to trie.NODES x trie.TREES tokens (on a CPU). A call costs a constant,
+and its FLOPs over a rate. Constant and rate are measured on 1 and on 32 prompts; one number more,
+the seconds of everything that is not the model, on one iteration at the base point. Nothing is
+fitted to the curves. Not for every world: here prompts are met at random.
 """
 import argparse
 import copy

@@ -322,6 +322,17 @@ def test_scores_are_remembered_while_the_policy_stands_and_features_for_good(age
     assert len(passes) == 5 and all(score.requires_grad for score in scores)
 
 
+def test_what_is_new_is_worked_out_so_many_at_a_time():
+    memory, asked = {"a": 0}, []
+
+    def work(keys):
+        asked.append(keys)
+        return [ord(key) - 97 for key in keys]
+
+    assert twosome.remember(memory, list("cabbdec"), work, 2) == [2, 0, 1, 1, 3, 4, 2]
+    assert asked == [["c", "b"], ["d", "e"]] and memory == {key: ord(key) - 97 for key in "abcde"}
+
+
 def test_only_what_is_new_is_scored(agent):
     with torch.no_grad():
         agent.log_probs(ITEMS[:1])
