@@ -26,9 +26,10 @@ This file imports nothing of the project and knows no language model. An agent i
     policy_parameters(), value_parameters()
     policy_changed()                     called after every step of the policy
     drift(turn, part) -> scalar          for Config.base_kl alone: how far the policy has moved from
-                                         its beginning, in nats, with gradients; turn counts calls,
-                                         part is a slice of the two texts (or halves) that it is
-                                         measured on; the drifts of parts add up to the whole
+                                         its beginning, in nats, with gradients; turn tells one call
+                                         of an update from the next, part is a slice of the two
+                                         texts (or halves) that it is measured on; the drifts of
+                                         parts add up to the whole
 
 Our deliberate differences from the published code: a time limit is a truncation, not an end; the
 advantages are normalised over the whole rollout, with a floor under their deviation; policy and
@@ -345,12 +346,11 @@ class PPO:
             (self.config.base_kl * self.agent.drift(turn, part)).backward()
 
     def policy_gradient(self, rollout, advantages, batch):
-        """Add the gradient of the clipped surrogate, minus the entropy bonus, to the policy's own.
+        """Add the gradient of the clipped surrogate and the entropy bonus to the policy's own.
 
-        Returns the policy loss and the KL (nats), summed over `batch`, divided by a minibatch.
-
-        A subclass may call this with parts of a minibatch, to save memory. So divide by the size
-        of a whole one: then gradients and measures of the parts add up to those of the whole.
+        Returns the policy loss and the KL (nats), summed over `batch`, divided by the size of a
+        minibatch. A subclass may call this with parts of one, to save memory: then gradients and
+        measures of the parts add up to those of the whole.
         """
         size = self.config.minibatch
         # Pad with -1e9, which is 0 in probability. The losses are a few numbers: use the CPU.

@@ -37,7 +37,7 @@ if __name__ == "__main__":
     # trains, runs.Signals listens.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if os.stat(".").st_nlink == 0:  # PyTorch's libraries do not load there
-        sys.exit("twosome.py: the current folder was removed; change to another one")
+        sys.exit("twosome.py: the current folder was removed; change to another")
 
 import numpy as np
 import torch
@@ -96,10 +96,10 @@ def tokenize(tokenizer, prompt, phrases):
         raise trie.ScoringError(f"the prompt {prompt[:60]!r} leaves no token to condition on")
     for k, tail in enumerate(tails):
         if len(tail) == seams[k]:
-            raise trie.ScoringError(f"the phrase {phrases[k]!r} has no tokens of its own")
+            raise trie.ScoringError(f"the phrase {phrases[k]!r} has no token of its own")
         if tail in tails[:k]:
             raise trie.ScoringError(f"the phrases {phrases[tails.index(tail)]!r} and {phrases[k]!r}"
-                                    " have the same tokens; actions need phrases that differ")
+                                    " have the same tokens; actions need other phrases")
     return tuple(alone[:cut]), tails, seams
 
 
@@ -156,11 +156,11 @@ def score_actions(model, tokenizer, prompts, phrases, normalization="word"):
     `prompts` may hold equal ones. Raises trie.ScoringError.
     """
     if isinstance(prompts, str) or any(isinstance(actions, str) for actions in phrases):
-        raise trie.ScoringError("prompts is a list of texts and phrases is a list of lists of texts"
+        raise trie.ScoringError("prompts is a list of texts and phrases a list of lists of texts"
                                 "; one of them is a bare text here")
     if len(prompts) != len(phrases):
-        raise trie.ScoringError(f"there are {len(prompts)} prompts, but {len(phrases)} lists of"
-                                " phrases; give one list for each prompt")
+        raise trie.ScoringError(f"there are {len(prompts)} prompts and {len(phrases)} lists of"
+                                " phrases; give one for each prompt")
     cut = [tokenize(tokenizer, prompt, tuple(actions))
            for prompt, actions in zip(prompts, phrases, strict=True)]
     scores = trie.token_log_probs(model, [(prompt_ids, tails) for prompt_ids, tails, _ in cut])
@@ -177,10 +177,11 @@ NORMALIZATIONS = ("sum", "token", "word")  # the paper proposes the last two; su
 def policy(token_log_probs, tails, seams, phrases, normalization):
     """Return log pi [A] from the log-probability of each phrase's tokens [A, T], 0 behind its end.
 
-    Where a phrase merged with the prompt's end, the tails of the others begin with some of the
-    prompt's own tokens; `seams` counts them. Their log-probability belongs to the score, because
-    all phrases must be events after one past. But they are no part of any phrase's length:
-    otherwise the odds of two actions would depend on a third.
+    Nearly always all `seams` are 0: equation 2 is the sum of a row, and normalize divides it.
+    But where a phrase merged with the prompt's end, the tails of the others begin with some
+    tokens of the prompt; `seams` counts them. They belong to the score, because only what
+    follows the same tokens can be compared. They are no part of any phrase's length: otherwise
+    the odds of two actions would depend on a third.
     """
     joint = token_log_probs.sum(-1)  # [A] log P(a_k | d), equation 2
     seam = torch.zeros_like(joint)
@@ -206,7 +207,7 @@ def normalize(joint, token_counts, word_counts, normalization="word", seam=0.0):
     """
     lengths = {"sum": 1, "none": 1, "token": token_counts, "word": word_counts}
     if normalization not in lengths:
-        raise trie.ScoringError(f"unknown normalisation {normalization!r}; choose sum, token, word")
+        raise trie.ScoringError(f"unknown normalisation {normalization!r}; use sum, token, word")
     logits = joint / joint.new_tensor(lengths[normalization])
     return (logits + seam).log_softmax(-1)
 
@@ -355,7 +356,7 @@ class Agent:
         """Return KL(base || policy) in nats a token, over two of 128 texts that the base wrote.
 
         Our choice: it keeps what the LLM knows where the reward is silent. The base's own texts
-        need no data, and they are where it is at home. Each turn takes the next two of them.
+        need no data, and they are where it is at home. Each turn has two of them.
         `part` selects some of the two: then return what these add to the mean.
         """
         pairs = self.own_texts()  # [64, 2, S]
@@ -388,10 +389,10 @@ def make_world(config):
     "overcooked" and "virtualhome" are ours; MODULE:CLASS is anyone's (engine/worlds.py), which
     is not told gamma: if its actions last several steps, give it the same one in --env-args.
     """
-    if ":" in config.env:
+    if config.env not in envs.TASKS:
         return worlds.make_world(config.env, worlds.read_arguments(config.env_args))
-    return functools.partial(envs.make, config.env, task=config.task, gamma=config.gamma,
-                             **worlds.read_arguments(config.env_args))
+    given = worlds.read_arguments(config.env_args, ("name", "task", "gamma"))
+    return functools.partial(envs.make, config.env, config.task, gamma=config.gamma, **given)
 
 
 def build(config):
@@ -451,7 +452,7 @@ def evaluate(config, options, agent):
     """
     results = {}
     for env, task in options.tasks or [(config.env, config.task)]:
-        # Discount another task's return as its own preset does, and the run's own as it learnt.
+        # Discount a task that was named as all presets do, and otherwise as the run has learnt.
         usual = command.preset("pocket", env, task) if options.tasks else vars(config)
         gamma = usual.get("gamma", config.gamma)
         played = dataclasses.replace(config, env=env, task=task, gamma=gamma)

@@ -158,11 +158,11 @@ def tasks_named(env=None, task=None, several=False):
 
     A task finds its environment, and an environment its first task.
     """
+    if env and (":" in env or env.endswith(".py")):
+        return [(env, task or re.split(r"[:/.]", env)[-1])]
     if task == "all" and several:
         return [(name, each) for name, tasks in envs.TASKS.items() for each in tasks
                 if env in (None, name)]
-    if env and ":" in env:
-        return [(env, task or re.split(r"[:/.]", env)[-1])]
     owners = {each: name for name, tasks in envs.TASKS.items() for each in tasks}
     env = env or (owners[known("task", task, owners)] if task else "overcooked")
     return [(env, envs.make(env, task=task or None).task)]
@@ -318,7 +318,6 @@ def explained(error):
 
 def write_evaluation(config, options, results):
     """Write an evaluation as JSON: into the run's folder, or the file that --out names."""
-    path = os.path.join(options.folder, "evaluation.json") if options.folder else config.out
-    if path:
+    if path := options.out or options.folder and os.path.join(options.folder, "evaluation.json"):
         runs.write(path, results)
         say(f"-> {path}")

@@ -70,9 +70,9 @@ def quote(path):
     return shlex.quote(os.path.join(".", path) if path.startswith("-") else path)
 
 
-def again(folder):
-    """Return the command that goes on with a run."""
-    return f"python twosome.py --resume {quote(folder)}"
+def again(folder, env=""):
+    """Return the command that goes on with a run. A world of one's own is named again."""
+    return f"python twosome.py --resume {quote(folder)}" + f" --env {quote(env)}" * (":" in env)
 
 
 def tell(text):
@@ -240,7 +240,7 @@ def find(folder, which="last"):
     names = checkpoints(folder)
     chosen = names[-1:] if which == "last" else [n for n in names if which in (n, n[11:])]
     if not chosen:
-        raise RunError(f"no checkpoint {which[:60]!r} in {folder}; it has {names}")
+        raise RunError(f"no checkpoint {which[:60]!r} in {folder}; it has {names or 'none yet'}")
     path, before = os.path.join(folder, *chosen), names[:names.index(*chosen)]
     try:
         verify(path)
@@ -322,7 +322,7 @@ class Run:
         # A start that was killed before its config.json leaves a lock and temporary names.
         names = [name for name in os.listdir(folder) if not re.match(r"lock$|\.tmp-", name)]
         if names:
-            run = f"holds a run already; go on with: {again(folder)}"
+            run = f"holds a run already; go on with: {again(folder, config['env'])}"
             raise RunError(f"{folder} {run if 'config.json' in names else 'must be new or empty'}")
         run = cls(folder, False, config)
         run.write("config.json", {"format": FORMAT, **config})
@@ -417,7 +417,7 @@ class Run:
         """Say how to go on after a failure."""
         last = f"the last checkpoint is {self.kept[-1]}" if self.kept else "no checkpoint yet"
         if os.path.lexists(self.path("config.json")):
-            return f"{last}; go on with: {again(self.folder)}"
+            return f"{last}; go on with: {again(self.folder, self.config['env'])}"
         return f"{self.folder} was renamed or removed; {last}; go on with --resume NEW-NAME"
 
     def close(self):

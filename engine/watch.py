@@ -117,7 +117,7 @@ class Report(contextlib.ExitStack):
         if self.first:
             draw_curve(self.run)
             say(f"stopped after update {self.trainer.updates} of {self.trainer.total_updates};"
-                f" go on with: {runs.again(self.run.folder)}")
+                f" go on with: {runs.again(self.run.folder, self.config.env)}")
         return code
 
     def finish(self, agent):

@@ -23,7 +23,6 @@ import contextlib
 import importlib
 import importlib.util
 import inspect
-import math
 import os
 import re
 import sys
@@ -74,17 +73,18 @@ def kind(value):
 # -----------------------------------------------------------------------------
 # From the command line.
 
-def read_arguments(text):
+def read_arguments(text, taken=()):
     """Return the options that --env-args gives to a world, "key=value,key=value", as a dict.
 
     A comma belongs to the value unless another key follows it. What is no Python literal is a
-    text.
+    text. The keys in `taken` have flags of their own.
     """
     found = {}
     for part in re.split(r",(?=\s*\w+\s*=)", text) if text else []:
         name, equals, value = map(str.strip, part.partition("="))
-        if not equals or name in found:
-            raise WorldError(f"--env-args has {part[:40]!r}; write key=value,key=value once each")
+        if not equals or name in found or name in taken:
+            raise WorldError(f"--env-args has {part[:40]!r}; write key=value,key=value once each"
+                             ", and none that is a flag of its own")
         found[name] = value
         with contextlib.suppress(Exception):
             found[name] = ast.literal_eval(value)
@@ -178,19 +178,20 @@ class World:
     def step(self, action):
         """Take an action: one of info["admissible"] if there are any, else a phrase's number.
 
-        A reward is finite, and info["duration"], if there is one, is above 0.
+        A reward is finite in float32, and info["duration"], if there is one, is above 0.
         Returns (obs, reward, terminated, truncated, info).
         """
         answer = call(f"{self.task}.step({action!r})", self.world.step, action)
         obs, reward, *ends, info = self.checked("step", answer)
-        lasted = info.get("duration", 1)
+        lasted, solved = info.get("duration", 1), info.get("success", False)
         try:
             reward, terminated, truncated = float(reward), bool(ends[0]), bool(ends[-1])
-            if not (math.isfinite(reward) and lasted > 0):
+            if not (abs(reward) < 1e38 and 0 < lasted < 1e9 and 0 <= float(solved) <= 1):
                 raise ValueError
         except (TypeError, ValueError):
-            raise WorldError(f"{self.task}.step gave reward {reward!r:.40}, end {ends[0]!r:.40} and"
-                             f" duration {lasted!r:.40}; give a number, a bool, a number") from None
+            raise WorldError(f"{self.task}.step gave reward {reward!r:.40}, end {ends[0]!r:.40},"
+                             f" duration {lasted!r:.40} and success {solved!r:.40}; give a number,"
+                             " a bool, a number above 0, a bool") from None
         self.steps += 1
         if self.steps > ENDLESS:
             raise WorldError(f"an episode of {self.task} goes on for ever; give it a time limit")

@@ -117,11 +117,16 @@ def log_probs(model, ids):
 @contextlib.contextmanager
 def merged(model):
     """Within it, the adapter is added into the base's own weights, in their number format."""
+    # Taking it away again would leave other last bits: put copies back.
+    layers = [layer.base_layer for layer in model.modules() if hasattr(layer, "base_layer")]
+    before = [layer.weight.clone() for layer in layers]
     model.merge_adapter()
     try:
         yield
     finally:
         model.unmerge_adapter()
+        for layer, weight in zip(layers, before, strict=True):
+            layer.weight.data.copy_(weight)
 
 
 def compare(model, rows):

@@ -420,7 +420,7 @@ def test_actions_that_look_alike_to_the_llm_are_refused(reader):
 
 
 @pytest.mark.parametrize("prompts, phrases, word", [
-    (PROMPTS, [ACTIONS], "give one list for each prompt"), (PROMPTS[0], [ACTIONS], "bare text"),
+    (PROMPTS, [ACTIONS], "give one for each prompt"), (PROMPTS[0], [ACTIONS], "bare text"),
     (PROMPTS, ACTIONS[:2], "bare text"), ([PROMPTS[0] + " "], [ACTIONS], "ends in ' '")])
 def test_what_does_not_fit_together_is_one_line_and_not_zips_own(prompts, phrases, word):
     with pytest.raises(trie.ScoringError, match=word) as error:

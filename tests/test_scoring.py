@@ -456,7 +456,7 @@ def test_what_cannot_be_scored_is_refused_in_one_line(message):
 
 
 def test_two_prompts_need_two_lists_of_phrases():
-    with pytest.raises(trie.ScoringError, match="one list for each prompt"):
+    with pytest.raises(trie.ScoringError, match="one for each prompt"):
         twosome.score_actions(tiny.model("llama"), BYTE_BPE, ["You", "walk"], [["chop", "serve"]])
 
 
