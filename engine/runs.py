@@ -54,7 +54,7 @@ import safetensors.torch
 import torch
 import transformers as hf
 
-FORMAT = 2  # of a run's folder; the first one had no number
+FORMAT = 3  # of a run's folder; the first one had no number
 CHECKPOINT = re.compile(r"checkpoint-(0|[1-9]\d{0,8})")
 
 
@@ -322,7 +322,7 @@ class Run:
         # A start that was killed before its config.json leaves a lock and temporary names.
         names = [name for name in os.listdir(folder) if not re.match(r"lock$|\.tmp-", name)]
         if names:
-            run = f"holds a run already; go on with: {again(folder, config['env'])}"
+            run = f"holds a run already; go on with: {again(folder, config.get('env', ''))}"
             raise RunError(f"{folder} {run if 'config.json' in names else 'must be new or empty'}")
         run = cls(folder, False, config)
         run.write("config.json", {"format": FORMAT, **config})
@@ -417,7 +417,7 @@ class Run:
         """Say how to go on after a failure."""
         last = f"the last checkpoint is {self.kept[-1]}" if self.kept else "no checkpoint yet"
         if os.path.lexists(self.path("config.json")):
-            return f"{last}; go on with: {again(self.folder, self.config['env'])}"
+            return f"{last}; go on with: {again(self.folder, self.config.get('env', ''))}"
         return f"{self.folder} was renamed or removed; {last}; go on with --resume NEW-NAME"
 
     def close(self):

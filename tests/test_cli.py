@@ -426,7 +426,7 @@ def test_the_papers_preset_is_the_published_table(task):
     assert rates == PUBLISHED[task]
     sizes = config.num_envs, config.rollout_steps, config.epochs, config.minibatch
     assert sizes == (4, 32, 1, 32) and config.gradient_accumulation == 8
-    assert (config.clip, config.entropy, config.value_coefficient) == (0.2, 0.01, 0.5)
+    assert (config.clip, config.entropy, config.critic_minibatch) == (0.2, 0.01, 32)
     assert (config.max_grad_norm, config.gae_lambda, config.target_kl) == (0.5, 0.95, 0.02)
     assert (config.norm, config.lora_rank, config.lora_alpha) == ("word", 8, 16)
 

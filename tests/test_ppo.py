@@ -445,6 +445,15 @@ def test_every_sample_comes_once_an_epoch():
     assert not torch.equal(epochs[0], epochs[1])
 
 
+def test_the_critic_may_take_smaller_and_more_steps_than_the_policy():
+    sizes = []
+    trainer = ppo.PPO(Corridor, MLP(4, 2), dataclasses.replace(SMALL, critic_minibatch=12))
+    step = trainer.critic_step
+    trainer.critic_step = lambda *args: sizes.append(len(args[2])) or step(*args)
+    trainer.iterate()
+    assert sizes == [12, 12, 8] * 4
+
+
 def test_the_parts_of_a_minibatch_add_up_to_the_whole():
     def gradient(parts):
         agent = MLP(4, 2)
