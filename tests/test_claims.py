@@ -19,9 +19,9 @@ import ppo
 import prompts
 import twosome
 from engine import command
-from experiments import ability, baselines, claims, lakes, retention
+from experiments import ability, baselines, claims, jobs, lakes, records, report, retention, tables
 
-EVERY_GROUP = ["--only", *claims.GROUPS]
+EVERY_GROUP = ["--only", *jobs.GROUPS]
 
 # -----------------------------------------------------------------------------
 # Statistics, against independent answers.
@@ -30,33 +30,33 @@ EVERY_GROUP = ["--only", *claims.GROUPS]
 @pytest.mark.parametrize("freedom", (1, 2, 4, 9, 30, 31, 100))
 def test_the_t_quantile_leaves_two_and_a_half_per_cent_above_it(freedom):
     """Integrate Student's density, which NumPy can, up to the quantile."""
-    x = np.linspace(0, claims.t_quantile(freedom), 100_001)
+    x = np.linspace(0, tables.t_quantile(freedom), 100_001)
     scale = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2) / (freedom * math.pi) ** 0.5
     density = scale * (1 + x * x / freedom) ** (-(freedom + 1) / 2)
     assert 0.5 + np.trapezoid(density, x) == pytest.approx(0.975, abs=2e-4)
 
 
 def test_an_interval_over_seeds_is_the_textbooks():
-    mean, half = claims.across([0.1, 0.2, 0.3])
+    mean, half = tables.across([0.1, 0.2, 0.3])
     assert mean == pytest.approx(0.2)
     assert half == pytest.approx(4.303 * 0.1 / 3**0.5)
-    assert np.isnan(claims.across([0.1])[1])
-    assert claims.plus_minus([0.5]) == "0.500"
-    assert claims.plus_minus([]) == "-"
+    assert np.isnan(tables.across([0.1])[1])
+    assert tables.plus_minus([0.5]) == "0.500"
+    assert tables.plus_minus([]) == "-"
 
 
 def test_the_interquartile_mean_leaves_out_a_quarter_on_each_side():
-    assert claims.interquartile_mean([np.array([0, 1, 100]), np.array([2, -50, 3, 4, 5])]) == 2.5
+    assert tables.interquartile_mean([np.array([0, 1, 100]), np.array([2, -50, 3, 4, 5])]) == 2.5
 
 
 def test_the_probability_of_improvement_counts_pairs_and_half_a_tie():
     mine, theirs = [np.array([1, 2]), np.array([5])], [np.array([1, 0]), np.array([6])]
-    assert claims.probability_of_improvement(mine, theirs) == pytest.approx((3.5 / 4 + 0) / 2)
+    assert tables.probability_of_improvement(mine, theirs) == pytest.approx((3.5 / 4 + 0) / 2)
 
 
 def test_the_bootstrap_draws_seeds_within_each_task():
     sample = [np.array([0.0, 1.0]), np.array([10.0, 10.0])]
-    low, high = claims.bootstrap(lambda tasks: np.mean([task.mean() for task in tasks]), sample)
+    low, high = tables.bootstrap(lambda tasks: np.mean([task.mean() for task in tasks]), sample)
     assert (low, high) == (5.0, 5.5)
 
 
@@ -64,13 +64,13 @@ def test_the_bootstrap_draws_seeds_within_each_task():
 # The table of jobs.
 
 
-def jobs(*flags):
-    return claims.table_of_jobs(claims.parse([*EVERY_GROUP, *flags]))
+def listed(*flags):
+    return jobs.table_of_jobs(claims.parse([*EVERY_GROUP, *flags]))
 
 
 def test_every_job_can_be_done_and_has_a_name_of_its_own():
     options = claims.parse(EVERY_GROUP)
-    found = [job for group in claims.GROUPS.values() for job in group(options)]
+    found = [job for group in jobs.GROUPS.values() for job in group(options)]
     arguments = {}
     for job in found:
         assert job.kind in claims.KINDS
@@ -84,13 +84,13 @@ def test_every_job_can_be_done_and_has_a_name_of_its_own():
             assert job.arguments["variant"] in baselines.VARIANTS
     assert {job.kind for job in found} == {*claims.KINDS}
     # The seeds on which anything was chosen are never those that are reported.
-    for job in claims.tuning_jobs(options):
+    for job in jobs.tuning_jobs(options):
         assert job.arguments["seed"] > 100
 
 
 def test_every_run_is_a_command_that_the_command_line_takes(tmp_path, monkeypatch):
     monkeypatch.setattr(baselines, "random_weights", lambda *args: None)
-    for job in jobs("--models", "pocket_lm", "smollm2", "--seeds", "1"):
+    for job in listed("--models", "pocket_lm", "smollm2", "--seeds", "1"):
         if job.kind in ("learn", "quest"):
             script, *flags = claims.command_of(job.arguments, str(tmp_path / "run"))
             assert os.path.exists(script)
@@ -104,11 +104,11 @@ def test_every_run_is_a_command_that_the_command_line_takes(tmp_path, monkeypatc
 
 
 def test_a_run_that_was_begun_is_resumed_and_one_that_cannot_be_begins_again(tmp_path):
-    job = claims.learn_job(claims.parse([]), "pocket_lm", "word", "tomato-salad", 1).arguments
+    job = jobs.learn_job(claims.parse([]), "pocket_lm", "word", "tomato-salad", 1).arguments
     (tmp_path / "config.json").write_text("{}")
     assert claims.command_of(job, str(tmp_path))[1:] == ["--resume", str(tmp_path)]
-    [foreign, *_] = [job.arguments for job in jobs("--only", "worlds")]
-    named = os.path.join(claims.ROOT, "examples", "frozen_lake.py:frozen_lake")
+    [foreign, *_] = [job.arguments for job in listed("--only", "worlds")]
+    named = os.path.join(records.ROOT, "examples", "frozen_lake.py:frozen_lake")
     resume = ["--resume", str(tmp_path), "--env", named]
     assert claims.command_of(foreign, str(tmp_path))[1:] == resume
     changed = {**job, "change": "full-finetune"}
@@ -122,9 +122,9 @@ def test_a_run_that_was_begun_is_resumed_and_one_that_cannot_be_begins_again(tmp
 
 def test_numbers_are_stored_in_five_digits_and_nan_as_null(tmp_path):
     path = str(tmp_path / "x.json")
-    claims.write_json(path, {"a": [np.float32(0.123456789), 30_720.0, 1_234_567, float("nan")],
+    records.write_json(path, {"a": [np.float32(0.123456789), 30_720.0, 1_234_567, float("nan")],
                              "b": {"c": np.array([1e-7])}})
-    assert claims.read_json(path) == {"a": [0.12346, 30_720, 1_234_567, None], "b": {"c": [1e-7]}}
+    assert records.read_json(path) == {"a": [0.12346, 30_720, 1_234_567, None], "b": {"c": [1e-7]}}
     assert os.listdir(tmp_path) == ["x.json"]
 
 
@@ -171,7 +171,7 @@ def test_a_finished_run_leaves_one_small_file(campaign):
     assert names == ["learn-pocket_lm-word-food-preparation-1.json", "random.json",
                      "untrained-pocket_lm-word-food-preparation.json"]
     path = folder / "out" / "runs" / names[0]
-    record = claims.read_record(str(path))
+    record = records.read_record(str(path))
     assert path.stat().st_size < 20_000
     assert str(folder) not in path.read_text()
     assert record["curve"]["steps"] == [0, 256]
@@ -192,17 +192,17 @@ def test_what_is_stored_is_not_measured_again(campaign):
 def test_a_run_of_other_settings_is_not_taken_for_the_jobs_own(campaign, tmp_path, monkeypatch):
     """Neither gone on with nor looked at: what it would tell is not what the job's name says."""
     folder, flags = campaign
-    record = claims.read_record(str(next((folder / "out" / "runs").glob("learn-*.json"))))
+    record = records.read_record(str(next((folder / "out" / "runs").glob("learn-*.json"))))
     job, run = record["arguments"], tmp_path / record["name"]
     run.mkdir()
     config, _ = command.parse([f"--{name}={value}" for name, value in claims.flags_of(job).items()])
     stored = {**vars(config), "dtype": "float32", "out": str(run)}
-    claims.write_json(str(run / "config.json"), stored)
-    claims.write_json(str(run / "summary.json"), {})
-    claims.write_json(str(run / "claims.json"), {"peak_mib": 1})
+    records.write_json(str(run / "config.json"), stored)
+    records.write_json(str(run / "summary.json"), {})
+    records.write_json(str(run / "claims.json"), {"peak_mib": 1})
     assert claims.trained(job, str(run)) == {"peak_mib": 1}
-    claims.write_json(str(run / "config.json"), {**stored, "policy_lr": 0.5})
-    with pytest.raises(claims.ClaimsError, match="policy_lr 0.5, not 0.003; delete it"):
+    records.write_json(str(run / "config.json"), {**stored, "policy_lr": 0.5})
+    with pytest.raises(records.ClaimsError, match="policy_lr 0.5, not 0.003; delete it"):
         claims.trained(job, str(run))
 
 
@@ -214,19 +214,19 @@ def test_an_agent_plays_every_task_that_it_never_saw_with_draws_of_its_own(monke
     job = {"task": "cheese", "seed": 3, "episodes": 2}
     facts = claims.transfer(job, "folder")
     assert ("its run", "virtualhome", "laundry", 2, 3) in asked and len(asked) == 14
-    assert {*facts["transfer"]} == {*claims.EVERY} - {"cheese"}
+    assert {*facts["transfer"]} == {*jobs.EVERY} - {"cheese"}
     options = {"model": "pocket_lm", "norm": "word", "seed": 1}
     found = [{"kind": "learn", "arguments": {"task": "cheese", **options},
               "summary": {"return": 1}},
              {"kind": "transfer", "arguments": {"task": "cheese", **options},
               "transfer": {"laundry": {"return": 2}}}]
-    assert claims.results_on(found, "pocket_lm", "cheese", "laundry") == [{"return": 2}]
-    assert claims.results_on(found, "pocket_lm", "cheese", "cheese") == [{"return": 1}]
-    assert claims.results_on(found, "pocket_lm", "pizza", "cheese") == []
+    assert tables.results_on(found, "pocket_lm", "cheese", "laundry") == [{"return": 2}]
+    assert tables.results_on(found, "pocket_lm", "cheese", "cheese") == [{"return": 1}]
+    assert tables.results_on(found, "pocket_lm", "pizza", "cheese") == []
 
 
 def test_a_job_that_fails_is_named_and_the_others_go_on(tmp_path, capfd, monkeypatch):
-    bad = claims.Job("bad", "learn", {"env": "no"}, 1)
+    bad = jobs.Job("bad", "learn", {"env": "no"}, 1)
     monkeypatch.setattr(claims, "table_of_jobs", lambda options: [bad])
     flags = ["--work", str(tmp_path), "--out", str(tmp_path / "out"), "--jobs", "1"]
     assert claims.main(flags) == 1
@@ -241,11 +241,11 @@ def test_a_job_that_fails_is_named_and_the_others_go_on(tmp_path, capfd, monkeyp
 
 def invented_run(kind, name, task, seed, rise, **arguments):
     """Return a record whose return rises evenly to the best possible until `rise` steps."""
-    best = claims.best_return(task)
+    best = tables.best_return(task)
     steps = [0, rise, 2 * rise]
     end = {"steps": 2 * rise, "primitive_steps": 2 * rise, "return": best - seed / 1000,
            "success": 1.0, "best": best, "cpu_seconds": 10.0 + seed}
-    return {"format": claims.FORMAT, "name": f"{name}-{task}-{seed}", "kind": kind,
+    return {"format": records.FORMAT, "name": f"{name}-{task}-{seed}", "kind": kind,
             "arguments": {"task": task, "seed": seed, **arguments}, "summary": end,
             "peak_mib": 400 + seed,
             "curve": {"update": [0, 1, 2], "steps": steps, "episodes": [100, 100, 200],
@@ -257,25 +257,25 @@ def invented_run(kind, name, task, seed, rise, **arguments):
 def invented_transfer(task, seed, value, **more):
     """Return a record of an agent that plays every other task alike."""
     elsewhere = {"return": value, "success": 0.5}
-    return {"format": claims.FORMAT, "name": f"transfer-{task}-{seed}", "kind": "transfer",
+    return {"format": records.FORMAT, "name": f"transfer-{task}-{seed}", "kind": "transfer",
             "arguments": {"model": "pocket_lm", "norm": "word", "task": task, "seed": seed, **more},
-            "transfer": {other: elsewhere for other in claims.EVERY if other != task}}
+            "transfer": {other: elsewhere for other in jobs.EVERY if other != task}}
 
 
 @pytest.fixture
 def invented(tmp_path):
     """A folder of results in which every figure is known."""
     result = {"return": 0.0, "success": 0.0, "return_interval": [0.0, 0.0]}
-    found = [{"format": claims.FORMAT, "name": "random", "kind": "random", "arguments": {},
-              "results": dict.fromkeys(claims.EVERY, result)}]
-    for task in claims.TASKS:
+    found = [{"format": records.FORMAT, "name": "random", "kind": "random", "arguments": {},
+              "results": dict.fromkeys(jobs.EVERY, result)}]
+    for task in jobs.TASKS:
         for seed in (1, 2, 3):
             found.append(invented_run("learn", "twosome", task, seed, 1000, model="pocket_lm",
                                       norm="word"))
             found.append(invented_transfer(task, seed, 0.1 * seed))
             found.append(invented_run("ppo", "ppo", task, seed, 4000, form="equal"))
     for record in found:
-        claims.write_json(str(tmp_path / "runs" / f"{record['name']}.json"), record)
+        records.write_json(str(tmp_path / "runs" / f"{record['name']}.json"), record)
     return tmp_path
 
 
@@ -303,7 +303,7 @@ def test_the_tables_say_what_was_stored(invented):
     better = "chance that TWOSOME, word is better then"
     assert both["PPO, equal"][better] == "1.000 (1.000 to 1.000)"
     judged = {row["claim"]: row for row in rows_of(invented, "claims-pocket_lm")}
-    first = judged[next(iter(claims.CLAIMS))]
+    first = judged[next(iter(tables.CLAIMS))]
     assert first["holds in"] == ("4 of 4; not measured everywhere: PPO, tuned,"
                                  " TWOSOME, random weights")
     assert first["holds"] == "yes, so far"
@@ -311,8 +311,8 @@ def test_the_tables_say_what_was_stored(invented):
 
 
 def test_what_holding_gives_is_told_beside_the_same_agents_without_it(invented):
-    found = claims.records(claims.parse(["--report", "--out", str(invented)]))
-    for task, env in claims.EVERY.items():
+    found = records.stored(claims.parse(["--report", "--out", str(invented)]))
+    for task, env in jobs.EVERY.items():
         found.append({"kind": "untrained", "result": {"return": 0.3, "success": 0.6}, "arguments": {
             "model": "pocket_lm", "norm": "word", "task": task, "env": env}})
     for seed in (1, 2):
@@ -324,7 +324,7 @@ def test_what_holding_gives_is_told_beside_the_same_agents_without_it(invented):
             found.append({"kind": "retention", "own": facts, "arguments": {
                 "model": "pocket_lm", "norm": "word", "task": "tomato-salad", "seed": seed,
                 **variant}})
-    header, rows = claims.holding_table(found, "pocket_lm")
+    header, rows = tables.holding_table(found, "pocket_lm")
     held, free = (dict(zip(header, row, strict=True)) for row in rows)
     elsewhere = "return on the 14 unseen tasks (untrained LLM)"
     assert (held["policy"], held[elsewhere].split(" ")[0]) == ("held", "0.200")
@@ -338,27 +338,27 @@ def test_a_seed_that_never_gets_there_counts_with_all_its_steps():
     run = invented_run("learn", "x", "cheese", 1, 1000)
     found = [{"kind": "random", "arguments": {},
               "results": {"cheese": {"return": 0.0}}}]
-    assert claims.reached(found, "cheese", run) == (1000, 5.0, True)
+    assert tables.reached(found, "cheese", run) == (1000, 5.0, True)
     run["curve"]["return"] = [0.0, None, 0.1]
-    assert claims.reached(found, "cheese", run) == (2000, 10.0, False)
+    assert tables.reached(found, "cheese", run) == (2000, 10.0, False)
 
 
 def test_a_first_perfect_episode_is_not_ninety_per_cent_of_the_way():
     run = invented_run("learn", "x", "cheese", 1, 1000)
     found = [{"kind": "random", "arguments": {}, "results": {"cheese": {"return": 0.0}}}]
     run["curve"]["episodes"] = [100, 1, 200]
-    assert claims.reached(found, "cheese", run) == (2000, 10.0, True)
-    x, mean, _ = claims.curve([run], "steps")
-    assert mean[100] == pytest.approx(claims.best_return("cheese") * x[100] / 2000)
+    assert tables.reached(found, "cheese", run) == (2000, 10.0, True)
+    x, mean, _ = tables.curve([run], "steps")
+    assert mean[100] == pytest.approx(tables.best_return("cheese") * x[100] / 2000)
 
 
 def test_a_verdict_says_what_the_intervals_leave_open():
-    assert claims.above(0.1, 0.2) is True and claims.above(-0.2, -0.1) is False
-    assert claims.above(-0.1, 0.2) is None
-    assert claims.count_of([("a", True), ("b", None)]) == ("1 of 2; open b", "open")
-    assert claims.count_of([("a", np.False_), ("b", None)]) == ("0 of 2; not a; open b", "no")
-    assert claims.count_of([("a", np.True_)]) == ("1 of 1", "yes")
-    assert claims.difference((1.0, 0.3), (0.5, 0.4)) == pytest.approx((0.0, 1.0))
+    assert tables.above(0.1, 0.2) is True and tables.above(-0.2, -0.1) is False
+    assert tables.above(-0.1, 0.2) is None
+    assert tables.count_of([("a", True), ("b", None)]) == ("1 of 2; open b", "open")
+    assert tables.count_of([("a", np.False_), ("b", None)]) == ("0 of 2; not a; open b", "no")
+    assert tables.count_of([("a", np.True_)]) == ("1 of 1", "yes")
+    assert tables.difference((1.0, 0.3), (0.5, 0.4)) == pytest.approx((0.0, 1.0))
 
 
 def test_the_same_results_give_the_same_files(invented, tmp_path):
@@ -376,27 +376,27 @@ def test_the_same_results_give_the_same_files(invented, tmp_path):
 def test_a_readme_gets_its_tables_and_keeps_the_rest():
     text = ("a\n<!-- learning pocket_lm -->\nold\n<!-- end -->\nb\n"
             "<!-- output -->\n<!-- other thing -->\nkept\n<!-- end -->\n")
-    once = claims.filled_in(text, {"learning pocket_lm": "| new |\n"})
+    once = report.filled_in(text, {"learning pocket_lm": "| new |\n"})
     assert once == text.replace("old\n", "| new |\n")
-    assert claims.filled_in(once, {"learning pocket_lm": "| new |\n"}) == once
+    assert report.filled_in(once, {"learning pocket_lm": "| new |\n"}) == once
 
 
 def test_the_readmes_and_tables_are_what_the_stored_results_say(tmp_path):
     """No figure is written by hand: the report makes the same files again."""
-    stored = os.path.join(claims.RESULTS, "runs")
+    stored = os.path.join(records.RESULTS, "runs")
     if not os.path.isdir(stored):
         pytest.skip("nothing is stored yet")
     shutil.copytree(stored, tmp_path / "runs")
     options = claims.parse(["--out", str(tmp_path)])
     for folder in ("", "experiments"):
         path = tmp_path / f"README-{folder}.md"
-        shutil.copy(os.path.join(claims.ROOT, folder, "README.md"), path)
+        shutil.copy(os.path.join(records.ROOT, folder, "README.md"), path)
         options.readmes.append(str(path))
     before = [open(path, encoding="utf-8").read() for path in options.readmes]
-    claims.report(options)
+    report.write(options)
     assert [open(path, encoding="utf-8").read() for path in options.readmes] == before
-    for group in claims.TABLES:
-        with open(os.path.join(claims.RESULTS, f"{group}.md"), encoding="utf-8") as file:
+    for group in tables.TABLES:
+        with open(os.path.join(records.RESULTS, f"{group}.md"), encoding="utf-8") as file:
             assert file.read() == (tmp_path / f"{group}.md").read_text()
 
 
@@ -437,11 +437,11 @@ def test_the_forms_of_ppo_differ_in_their_conditions():
     equal, world = baselines.vector_settings("equal", "virtualhome", "entertainment")
     assert (equal.gamma, world) == (0.95, {})
     assert (equal.num_envs, equal.rollout_steps, equal.epochs, equal.minibatch) == (4, 128, 4, 128)
-    assert {*claims.TUNED} == {*claims.TASKS}
-    for task, env in claims.TASKS.items():
-        config, _ = baselines.vector_settings("tuned", env, task, claims.TUNED[task])
+    assert {*jobs.TUNED} == {*jobs.TASKS}
+    for task, env in jobs.TASKS.items():
+        config, _ = baselines.vector_settings("tuned", env, task, jobs.TUNED[task])
         config.validate()
-        assert config.policy_lr == claims.TUNED[task]["rate"]
+        assert config.policy_lr == jobs.TUNED[task]["rate"]
 
 
 def test_affordances_are_what_they_say():
@@ -730,27 +730,27 @@ def test_only_tasks_that_the_base_can_do_count_and_their_answers_are_paired():
              "hard": {"chance": 0.5, "base": "10" * 50, "trained": "1" * 100}}
     same = {task: each | {"trained": each["base"]} for task, each in facts.items()}
     found = [{"ability": facts}, {"ability": same}]
-    assert claims.judged_tasks(found) == {"easy": True, "hard": False}
+    assert tables.judged_tasks(found) == {"easy": True, "hard": False}
     # Two questions in a hundred were lost, by one of two seeds.
-    mean, half = claims.kept(found, ["easy"], "trained")
+    mean, half = tables.kept(found, ["easy"], "trained")
     assert mean == pytest.approx(-1)
     assert half == pytest.approx(100 * 1.96 * (0.02 * 0.98 / 99) ** 0.5 / 2)
-    assert claims.kept(found, ["hard"], "trained")[0] == pytest.approx(25)
-    assert claims.kept(found, ["easy", "hard"], "trained")[0] == pytest.approx(12)
+    assert tables.kept(found, ["hard"], "trained")[0] == pytest.approx(25)
+    assert tables.kept(found, ["easy", "hard"], "trained")[0] == pytest.approx(12)
 
     for record in found:
         record |= {"name": "ability", "kind": "ability",
                    "arguments": {"model": "smollm2", "task": "tomato-salad"}}
         for each in record["ability"].values():
             each["merged"] = each["trained"]
-    rows = claims.ability_table(found, "smollm2")[1]
+    rows = tables.ability_table(found, "smollm2")[1]
     assert [row[0] for row in rows] == ["easy", "hard", "mean of those that count"]
     assert rows[0][1:6] == ["100", "50.0%", "60.0%", "yes", f"-1.00 ± {half:.2f}"]
     assert rows[2][5] == rows[0][5]
     # A loss within its interval is none; twenty points lost are.
-    assert claims.answers(found, "smollm2")[1] == "yes"
+    assert tables.answers(found, "smollm2")[1] == "yes"
     facts["easy"]["trained"] = same["easy"]["trained"] = "0" * 20 + "1" * 40 + "0" * 40
-    assert claims.answers(found, "smollm2")[1] == "no"
+    assert tables.answers(found, "smollm2")[1] == "no"
 
 
 def test_a_side_is_the_base_the_agent_or_the_merged_one_and_leaves_nothing_behind():
@@ -787,9 +787,9 @@ def test_a_poorly_told_lake_names_directions_alone_and_may_cost():
 
 
 def test_the_quest_is_learned_as_its_example_says():
-    with open(os.path.join(claims.ROOT, claims.QUEST.split(":")[0]), encoding="utf-8") as file:
+    with open(os.path.join(records.ROOT, jobs.QUEST.split(":")[0]), encoding="utf-8") as file:
         example = file.read()
-    job, = (job for job in claims.world_jobs(claims.parse([])) if job.kind == "quest")
+    job, = (job for job in jobs.world_jobs(claims.parse([])) if job.kind == "quest")
     flags = {"steps": job.arguments["steps"], **job.arguments["flags"]}
     assert all(f'"--{name}={value}"' in example for name, value in flags.items())
 
@@ -805,10 +805,10 @@ def test_worlds_and_quests_are_told_by_seed_and_by_game():
              for seed in (18, 1, 2)}
     found = [run("lake-poor-1", "learn"), run("lake-poor-cost-1", "learn"),
              run("quest-1", "quest", games=games)]
-    rows = claims.worlds_table(found, "pocket_lm")[1]
+    rows = tables.worlds_table(found, "pocket_lm")[1]
     assert [row[0] for row in rows] == ["poor", "poor-cost", "quest"]
     assert rows[0][1:4] == ["12.5%", "1 of 1", "95%"]
-    assert claims.quest_table(found, "pocket_lm")[1] == [
+    assert tables.quest_table(found, "pocket_lm")[1] == [
         ["game 18", "0.000 (0%)", "1.800 (100%)"], ["game 1", "0.000 (0%)", "0.100 (100%)"],
         ["game 2", "0.000 (0%)", "0.200 (100%)"],
         ["mean of those never played", "0.000 (0%)", "0.150 (100%)"]]
