@@ -668,7 +668,7 @@ def efficient(found, model):
             continue
         ours = ways(found, task, lines["TWOSOME, word"])
         rivals = {"PPO, equal", "PPO, tuned"}
-        rivals |= {"TWOSOME, random weights"} if model == "pocket_lm" else set()
+        rivals |= {"TWOSOME, random weights"} if model == "pocket_lm" or task in SHORT else set()
         met |= rivals & {*lines}
         missing |= rivals - {*lines}
         for label in rivals & {*lines}:
