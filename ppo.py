@@ -127,8 +127,8 @@ class Config:
     num_envs: int = 8  # N, environments side by side
     rollout_steps: int = 32  # T, steps of each between two updates
     epochs: int = 2  # passes over a rollout
-    minibatch: int = 64  # B, samples of one optimiser step
-    critic_minibatch: int = 4096  # at most so many in a step of the critic
+    minibatch: int = 64  # B, samples of one step of the policy
+    critic_minibatch: int = 4096  # samples of the critic's, at most
     policy_lr: float = 2e-3  # rate of the LoRA weights, annealed to 0
     critic_lr: float = 1e-3  # rate of the critic, annealed to 0
     gamma: float = 0.99  # discount of one primitive step
@@ -142,7 +142,8 @@ class Config:
     def validate(self):
         """Raise PPOError for sizes that do not fit each other."""
         samples = self.num_envs * self.rollout_steps
-        if min(samples, self.minibatch, self.epochs) < 1 or samples % self.minibatch:
+        if (min(samples, self.minibatch, self.critic_minibatch, self.epochs) < 1
+                or samples % self.minibatch):
             raise PPOError(f"minibatch must divide num_envs x rollout_steps = {samples} samples")
         if self.steps < samples:
             raise PPOError(f"steps is {self.steps}, less than one rollout of {samples} samples")
@@ -167,7 +168,7 @@ def sample(log_probs, rng):
     cumulative = log_probs.double().exp().cumsum(0)
     if not torch.isfinite(cumulative[-1]):
         raise FloatingPointError("the policy's log-probabilities are not finite")
-    draw = rng.random() * cumulative[-1].item()
+    draw = rng.random() * cumulative[-1]
     return min(int((cumulative <= draw).sum()), len(log_probs) - 1)
 
 
@@ -215,8 +216,8 @@ class PPO:
         self.envs, self.rngs, self.now = begin(make_env, config.num_envs, seed)
         # A key that begin() gives to no environment: theirs are [seed, n].
         self.shuffle = np.random.default_rng([seed, config.num_envs, 1])
-        # Two optimisers, because policy and critic have their own rates, which iterate sets; eps
-        # 1e-5 (published scripts). Fused does the same in one kernel, in a third of the time.
+        # Two optimisers, because policy and critic have their own rates, which iterate sets. eps
+        # 1e-5: published scripts. The fused form does the same in a third of the time.
         self.policy_optimizer = torch.optim.Adam(agent.policy_parameters(), eps=1e-5, fused=True)
         self.value_optimizer = torch.optim.Adam(agent.value_parameters(), eps=1e-5, fused=True)
         self.updates = 0
@@ -258,8 +259,7 @@ class PPO:
     def rollout(self):
         """Take T actions in each of the N environments. Returns a Rollout."""
         T, N = self.config.rollout_steps, len(self.envs)
-        items = []
-        finals = {}
+        items, finals = [], {}
         choices = torch.zeros(T, N, dtype=torch.long)
         log_probs, entropies, rewards, durations, successes = torch.zeros(5, T, N)
         terminated, ended = torch.zeros(2, T, N, dtype=torch.bool)
@@ -312,7 +312,8 @@ class PPO:
         improving = advantages.any()
 
         for turn, batch in enumerate(self.minibatches(len(rollout.items)), self.updates):
-            # The critic may take smaller and more steps: its features are known, so they are cheap.
+            # The critic may split a minibatch into several steps. They are cheap in TWOSOME, whose
+            # agent remembers what the LLM makes of a prompt.
             for part in batch.split(self.config.critic_minibatch):
                 rows.append(self.critic_step(rollout, returns, part))
             if not improving:
@@ -337,7 +338,7 @@ class PPO:
         values = self.agent.values([rollout.items[i] for i in batch]).cpu()  # [B]
         old_values = rollout.values.take(batch)
         loss = value_loss(values, old_values, returns.take(batch), self.config.clip).mean()
-        (0.5 * loss).backward()  # the weight is the published scripts'
+        (0.5 * loss).backward()  # published scripts; Adam hardly minds
         self.step(self.value_optimizer)
         return {"value_loss": loss.item()}
 
@@ -347,7 +348,7 @@ class PPO:
             (self.config.base_kl * self.agent.drift(turn, part)).backward()
 
     def policy_gradient(self, rollout, advantages, batch):
-        """Add the gradient of the clipped surrogate and the entropy bonus to the policy's own.
+        """Add the gradients of the clipped surrogate and of the entropy bonus to the weights'.
 
         Returns the policy loss and the KL (nats), summed over `batch`, divided by the size of a
         minibatch. A subclass may call this with parts of one, to save memory: then gradients and
@@ -407,7 +408,7 @@ class Episodes:
         for t, ended in enumerate(rollout.ended.numpy()):
             self.returns += self.gamma ** self.lengths * rollout.rewards[t].numpy()
             self.lengths += rollout.durations[t].numpy()
-            for n in ended.nonzero()[0]:
+            for n in np.flatnonzero(ended):
                 row = self.began[n], self.returns[n], rollout.successes[t, n], self.lengths[n]
                 self.ended.append(list(map(float, row)))
                 self.began[n] = self.began.max() + 1

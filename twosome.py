@@ -356,7 +356,7 @@ class Agent:
         """Return KL(base || policy) in nats a token, over two of 128 texts that the base wrote.
 
         Our choice: it keeps what the LLM knows where the reward is silent. The base's own texts
-        need no data, and they are where it is at home. Each turn has two of them.
+        need no data, and they are where it is at home. A turn takes the next two of them.
         `part` selects some of the two: then return what these add to the mean.
         """
         pairs = self.own_texts()  # [64, 2, S]
@@ -452,7 +452,8 @@ def evaluate(config, options, agent):
     """
     results = {}
     for env, task in options.tasks or [(config.env, config.task)]:
-        # Discount a task that was named as all presets do, and otherwise as the run has learnt.
+        # A task of --task is discounted as every preset does it. Without one, it is the run's own
+        # task, discounted as the run was trained.
         usual = command.preset("pocket", env, task) if options.tasks else vars(config)
         gamma = usual.get("gamma", config.gamma)
         played = dataclasses.replace(config, env=env, task=task, gamma=gamma)

@@ -84,7 +84,7 @@ def read_arguments(text, taken=()):
         name, equals, value = map(str.strip, part.partition("="))
         if not equals or name in found or name in taken:
             raise WorldError(f"--env-args has {part[:40]!r}; write key=value,key=value once each"
-                             ", and none that is a flag of its own")
+                             ", and none that --env, --task or --gamma tell")
         found[name] = value
         with contextlib.suppress(Exception):
             found[name] = ast.literal_eval(value)
@@ -178,7 +178,8 @@ class World:
     def step(self, action):
         """Take an action: one of info["admissible"] if there are any, else a phrase's number.
 
-        A reward is finite in float32, and info["duration"], if there is one, is above 0.
+        A reward is finite in float32. In info, "duration", if there is one, is above 0, and
+        "success" is a bool, or from 0 to 1.
         Returns (obs, reward, terminated, truncated, info).
         """
         answer = call(f"{self.task}.step({action!r})", self.world.step, action)

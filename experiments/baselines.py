@@ -188,7 +188,7 @@ def vector(job):
     end = {**measured(), "best": make().best_return, "steps": rows[-1]["steps"],
            "primitive_steps": rows[-1]["primitive_steps"],
            "cpu_seconds": rows[-1]["cpu_seconds"]}
-    # Each point is 2.5 % beyond the one before: so exactly it is told where 90 % was reached.
+    # Keep points that lie some 2.5 % apart: where 90 % was reached is known no better than that.
     kept = np.unique(np.geomspace(1, len(rows), 300).astype(int)) - 1
     return learner.agent, {
         "settings": {**dataclasses.asdict(config), "world": {**told, **masked}}, "summary": end,

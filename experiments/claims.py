@@ -16,7 +16,7 @@ where one is missing that a job looks at (transfer, reworded, retention, ability
 anew.
 
 A job of kind learn is the README's own command, `python twosome.py --env E --task T ...`. All
-settings were chosen on seeds above 100; the seeds reported here are 1 to 5.
+settings were chosen on seeds above 100; the seeds reported here are 1 to 5, of FrozenLake 1 to 10.
 """
 import argparse
 import concurrent.futures
@@ -89,17 +89,18 @@ def trained(job, folder):
 def check(job, folder):
     """Raise ClaimsError if a folder holds a run of other settings than the job would begin."""
     path = os.path.join(folder, "config.json")
-    if not os.path.exists(path):
-        return
+    if os.path.exists(path) and (other := differing(job, records.read_json(path))):
+        raise records.ClaimsError(f"{folder} was trained with another {', '.join(other)};"
+                                  " delete it to have it measured again")
+
+
+def differing(job, settings):
+    """Return the names of a run's settings that are not those which its job would begin with."""
     from engine import command
-    stored = records.read_json(path)
     asked = vars(command.parse([f"--{name}={value}" for name, value in flags_of(job).items()])[0])
     # Paths may differ, and what "auto" became is told by the machine.
-    for name in {*asked} - {"out", "env", "model", "dtype", "device"}:
-        if stored.get(name) != asked[name]:
-            raise records.ClaimsError(f"{folder} was trained with {name} {stored.get(name)!r:.40},"
-                                      f" not {asked[name]!r:.40}; delete it to have it measured"
-                                      " again")
+    return [name for name in asked if name not in ("out", "env", "model", "dtype", "device")
+            and settings.get(name) != asked[name]]
 
 
 def command_of(job, folder):

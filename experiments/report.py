@@ -134,12 +134,13 @@ def draw_task(panel, found, model, task, axis):
         panel.fill_between(x, mean - half, mean + half, color=COLOURS[label], alpha=0.2,
                            linewidth=0)
         ends += [x[-1]] if label.startswith("TWOSOME") else []
-    panel.set_xlim(0, 3 * max(ends) if ends else None)
+    panel.set_xlim(0, 3 * max(ends, default=0) or None)
     margin = 0.08 * (best - lowest) or 1.0
     panel.set_ylim(lowest - margin, best + margin)  # the interval of two seeds may be huge
     panel.locator_params(axis="x", nbins=4)
     panel.axhline(best, color="black", linewidth=0.8, linestyle="--", label="best possible")
-    # Who does not learn is a line; of SayCan-style, the best with TWOSOME's own mask.
+    # A method that does not learn is a horizontal line. Of SayCan-style, it is the best result with
+    # TWOSOME's own mask.
     flat = {"untrained LLM": tables.untrained_result(found, model, task), "random": chance}
     flat["SayCan-style"] = max(
         (result for record in tables.select(found, "saycan", model=model, task=task)

@@ -117,7 +117,7 @@ def log_probs(model, ids):
 @contextlib.contextmanager
 def merged(model):
     """Within it, the adapter is added into the base's own weights, in their number format."""
-    # Taking it away again would leave other last bits: put copies back.
+    # Subtracting the adapter again would change the last bits: keep copies, and put them back.
     layers = [layer.base_layer for layer in model.modules() if hasattr(layer, "base_layer")]
     before = [layer.weight.clone() for layer in layers]
     model.merge_adapter()

@@ -58,7 +58,12 @@ def probability_of_improvement(sample, other):
 
 
 def bootstrap(measure, *samples, count=2000):
-    """Return the 95 % interval of measure(*samples): seeds drawn again within each task."""
+    """Return the 95 % interval of measure(*samples): seeds drawn again within each task.
+
+    NaN if a task has a single seed.
+    """
+    if min(len(seeds) for sample in samples for seeds in sample) < 2:
+        return np.nan, np.nan
     rng = np.random.default_rng(0)
     found = [measure(*([rng.choice(seeds, len(seeds)) for seeds in sample] for sample in samples))
              for _ in range(count)]
@@ -130,11 +135,13 @@ def returns(runs):
 def points(run, *axes):
     """Return arrays of a run's returns, and along `axes`, where a hundred episodes have ended.
 
-    A point is the mean of the last hundred. Of fewer it would be chance: a first episode that
-    happens to be perfect is not 90 % of the way. The first point is the untrained policy, measured.
+    A point is the mean of the last hundred. Before that, it is of a few episodes, and one lucky
+    first episode would count as 90 % of the way. The first point is the untrained policy, measured.
     """
     columns = run["curve"]
-    rows = [k for k, count in enumerate(columns["episodes"]) if k == 0 or count >= 100]
+    rows = [k for k, (count, value) in enumerate(zip(columns["episodes"], columns["return"],
+                                                     strict=True))
+            if value is not None and (k == 0 or count >= 100)]
     return [np.array([columns[name][k] or 0.0 for k in rows]) for name in ("return", *axes)]
 
 
@@ -146,8 +153,9 @@ def reached(found, task, run, share=0.9):
     """
     values, steps, seconds = points(run, "primitive_steps", "cpu_seconds")
     there = scaled(found, task, values) >= share
-    first = there.argmax() if there.any() else -1
-    return steps[first], seconds[first], bool(there.any())
+    if there.any():
+        return steps[there.argmax()], seconds[there.argmax()], True
+    return run["curve"]["primitive_steps"][-1], run["curve"]["cpu_seconds"][-1], False
 
 
 def curve(runs, axis):
@@ -190,8 +198,8 @@ def played(result):
 
 
 def interval(low, high, form=".2f"):
-    """Return "(low to high)"."""
-    return f"({low:{form}} to {high:{form}})"
+    """Return "(low to high)", or nothing where a single seed gives no interval."""
+    return f"({low:{form}} to {high:{form}})" if np.isfinite(low) else ""
 
 
 # -----------------------------------------------------------------------------
@@ -481,8 +489,8 @@ def holding_table(found, model):
             first_three(select(found, kind, model=model, task=task, norm="word", variant=variant))
             for kind in ("learn", "transfer", "retention"))
         kept = [record[text]["trained"] for record in keeping]
-        if elsewhere and kept:
-            before = [untrained_result(found, model, other) for other in EVERY if other != task]
+        before = [untrained_result(found, model, other) for other in EVERY if other != task]
+        if elsewhere and kept and all(before):
             cells = [task, variant or "held", plus_minus(returns(runs), ".4f")]
             for name in ("return", "success"):
                 after = [np.mean([result[name] for result in record["transfer"].values()])

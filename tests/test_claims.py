@@ -202,7 +202,7 @@ def test_a_run_of_other_settings_is_not_taken_for_the_jobs_own(campaign, tmp_pat
     records.write_json(str(run / "claims.json"), {"peak_mib": 1})
     assert claims.trained(job, str(run)) == {"peak_mib": 1}
     records.write_json(str(run / "config.json"), {**stored, "policy_lr": 0.5})
-    with pytest.raises(records.ClaimsError, match="policy_lr 0.5, not 0.003; delete it"):
+    with pytest.raises(records.ClaimsError, match="another policy_lr; delete it"):
         claims.trained(job, str(run))
 
 
@@ -348,6 +348,9 @@ def test_a_first_perfect_episode_is_not_ninety_per_cent_of_the_way():
     found = [{"kind": "random", "arguments": {}, "results": {"cheese": {"return": 0.0}}}]
     run["curve"]["episodes"] = [100, 1, 200]
     assert tables.reached(found, "cheese", run) == (2000, 10.0, True)
+    run["curve"]["episodes"] = [100, 1, 2]  # never a hundred: all its steps count
+    assert tables.reached(found, "cheese", run) == (2000, 10.0, False)
+    run["curve"]["episodes"] = [100, 1, 200]
     x, mean, _ = tables.curve([run], "steps")
     assert mean[100] == pytest.approx(tables.best_return("cheese") * x[100] / 2000)
 
@@ -371,6 +374,28 @@ def test_the_same_results_give_the_same_files(invented, tmp_path):
             "learning-actions.svg", "claims.md"} <= {*names}
     same, other, errors = filecmp.cmpfiles(invented, again, names, shallow=False)
     assert (sorted(same), other, errors) == (sorted(names), [], [])
+
+
+def test_tables_and_claims_can_be_told_from_part_of_the_results(invented):
+    """Whichever record is missing, as while a campaign goes on, every table can be made."""
+    found = records.stored(claims.parse(["--report", "--out", str(invented)]))
+    for missing in ["", "random", *(f"{kind}-tomato-salad-{seed}" for seed in (1, 2, 3)
+                                    for kind in ("twosome", "transfer", "ppo"))]:
+        some = [record for record in found if record["name"] != missing]
+        for make in tables.TABLES.values():
+            header, rows = make(some, "pocket_lm")
+            assert all(len(row) == len(header) for row in rows)
+    # One seed of each side tells nothing of an interval.
+    single = [record for record in found if record["arguments"].get("seed", 1) == 1]
+    assert tables.efficient(single, "pocket_lm")[1] == "open, so far"
+
+
+def test_what_is_stored_was_measured_with_the_settings_of_today():
+    """A preset that changed would leave results behind that no command makes again."""
+    options = claims.parse([])
+    for record in records.stored(options):
+        if record["kind"] in ("learn", "quest"):
+            assert claims.differing(record["arguments"], record["settings"]) == [], record["name"]
 
 
 def test_a_readme_gets_its_tables_and_keeps_the_rest():

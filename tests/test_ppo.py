@@ -629,7 +629,8 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another():
 
 @pytest.mark.parametrize("change, word", [
     ({"minibatch": 48}, "divide"), ({"minibatch": 0}, "divide"), ({"epochs": 0}, "divide"),
-    ({"num_envs": -1}, "divide"), ({"steps": 0}, "rollout"), ({"steps": 100}, "rollout")])
+    ({"num_envs": -1}, "divide"), ({"critic_minibatch": 0}, "divide"),
+    ({"steps": 0}, "rollout"), ({"steps": 100}, "rollout")])
 def test_impossible_settings_are_one_line(change, word):
     config = dataclasses.replace(SMALL, **change)
     with pytest.raises(ppo.PPOError, match=word) as error:
