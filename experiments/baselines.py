@@ -17,6 +17,7 @@ affordances are named in Afforded.
 import copy
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import re
@@ -24,7 +25,6 @@ import sys
 import time
 
 import numpy as np
-import safetensors.torch
 import torch
 import transformers
 
@@ -262,33 +262,23 @@ class SayCan:
                 for score, item in zip(scores, items, strict=True)]
 
 
-def judge_of(job, path):
-    """Return PPO's agent, to judge values: its critic comes from a file, or is learnt and kept."""
-    agent = Vector(envs.make(job["env"], task=job["task"]))
-    if os.path.exists(path):
-        agent.critic.load_state_dict(safetensors.torch.load_file(path))
-        return agent
-    agent, _ = vector(job)
-    safetensors.torch.save_file(agent.critic.state_dict(), f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
-    return agent
-
-
-def saycan(job, path):
+def saycan(job):
     """Play SayCan-style with each affordance, sampled and greedy. Returns facts."""
-    env, task = job["env"], job["task"]
-    make = functools.partial(envs.make, env, task=task)
-    judge = judge_of(job["judge"], path)
-    flags = [f"--{name}={job[name]}" for name in ("env", "task", "model", "norm")]
+    make = functools.partial(envs.make, job["env"], task=job["task"])
+    judge, _ = vector(job["judge"])
+    flags = [f"--{name}={job[name]}" for name in ("env", "task", "model")]
     agent, _ = twosome.build(command.parse(flags)[0])
     results = {}
     with agent.untrained():
-        for kind in ("admissible", "possible", "value"):
+        for norm, kind in itertools.product(("word", "sum"), ("admissible", "possible", "value")):
+            agent.normalization = norm
+            agent.policy_changed()
+
             def world(kind=kind):
                 return Afforded(make(), kind, judge)
             # Both worlds are deterministic, so one greedy episode tells all of them.
             for how, episodes in (("sampled", job["episodes"]), ("greedy", 1)):
-                results[f"{kind}, {how}"] = command.summarize(ppo.evaluate(
+                results[f"{norm}, {kind}, {how}"] = command.summarize(ppo.evaluate(
                     world, SayCan(agent), episodes, command.EVALUATION_SEED, make().gamma,
                     greedy=how == "greedy"))
     return {"results": results}

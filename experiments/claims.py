@@ -187,8 +187,7 @@ def ppo_alone(job, folder):
 def saycan(job, folder):
     """Play SayCan-style."""
     from experiments import baselines
-    judge = os.path.join(os.path.dirname(folder), f"judge-{job['task']}.safetensors")
-    return baselines.saycan(job, judge)
+    return baselines.saycan(job)
 
 
 def prior(job, folder):

@@ -78,8 +78,7 @@ def of_task(options, kind, model, task, minutes, **more):
     """Return a job on the untrained LLM and one task."""
     arguments = {"env": TASKS[task], "task": task, "model": model,
                  "episodes": options.episodes or 400, **more}
-    name = "-".join([kind, model, *([more["norm"]] if "norm" in more else []), task])
-    return Job(name, kind, arguments, minutes)
+    return Job(f"{kind}-{model}-{task}", kind, arguments, minutes)
 
 
 def of_run(kind, learned, minutes, **more):
@@ -179,9 +178,9 @@ def tuning_jobs(options):
 
 def saycan_jobs(options):
     """SayCan-style, with three affordances, on the LLM's score with and without division."""
-    return [of_task(options, "saycan", model, task, 2 + 4 * PLAY[model], norm=norm,
+    return [of_task(options, "saycan", model, task, 5 + 8 * PLAY[model],
                     judge=vector_job(options, "tuned", task, 1).arguments)
-            for model in options.models for task in options.tasks for norm in ("word", "sum")]
+            for model in options.models for task in options.tasks]
 
 
 def mask_jobs(options):

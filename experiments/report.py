@@ -141,11 +141,9 @@ def draw_task(panel, found, model, task, axis):
     panel.axhline(best, color="black", linewidth=0.8, linestyle="--", label="best possible")
     # A method that does not learn is a horizontal line. Of SayCan-style, it is the best result with
     # TWOSOME's own mask.
-    flat = {"untrained LLM": tables.untrained_result(found, model, task), "random": chance}
-    flat["SayCan-style"] = max(
-        (result for record in tables.select(found, "saycan", model=model, task=task)
-         for kind, result in record["results"].items() if kind.startswith("admissible")),
-        key=lambda result: result["return"], default=None)
+    known = tables.plays(found, model, task)
+    flat = {"untrained LLM": known.pop("the untrained LLM", None), "random": chance}
+    flat["SayCan-style"] = max(known.values(), key=lambda result: result["return"], default=None)
     for label, result in flat.items():
         if result:
             panel.axhline(result["return"], color=COLOURS[label], linewidth=0.8, linestyle=":",

@@ -496,18 +496,6 @@ def test_a_value_is_a_share_of_the_best_possible_return():
     assert info["affordance"] == pytest.approx([0.95 * 0.5 / env.best_return] * 5)
 
 
-def test_a_judge_is_learned_once_and_read_again(tmp_path, monkeypatch):
-    job = {"env": "virtualhome", "task": "food-preparation", "form": "tuned", "seed": 1,
-           "episodes": 2, "settings": {"steps": 512}}
-    path = str(tmp_path / "judge.safetensors")
-    learned = baselines.judge_of(job, path)
-    monkeypatch.delattr(baselines, "vector")
-    again = baselines.judge_of(job, path)
-    item = learned.describe(*envs.make("virtualhome").reset())
-    assert torch.equal(learned.values([item]), again.values([item]))
-    assert os.listdir(tmp_path) == ["judge.safetensors"]
-
-
 def test_saycan_multiplies_scores_and_affordances():
     class Told:
         def describe(self, obs, info):
