@@ -465,7 +465,7 @@ def evaluate(config, options, agent):
         for name, result in measured.items():
             command.say(command.evaluation_line(f"{task}, {name}", result, make_env().best_return))
         results[f"{env}/{task}"] = measured
-    command.write_evaluation(config, options, results)
+    command.write_evaluation(options, results)
     return 0
 
 

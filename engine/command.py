@@ -316,7 +316,7 @@ def explained(error):
     raise error
 
 
-def write_evaluation(config, options, results):
+def write_evaluation(options, results):
     """Write an evaluation as JSON: into the run's folder, or the file that --out names."""
     if path := options.out or options.folder and os.path.join(options.folder, "evaluation.json"):
         runs.write(path, results)

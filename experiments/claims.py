@@ -70,7 +70,7 @@ def trained(job, folder):
     facts = records.read_json(kept) if os.path.exists(kept) else {"peak_mib": 0}
     check(job, folder)
     if os.path.exists(os.path.join(folder, "summary.json")):
-        return {"peak_mib": facts["peak_mib"]}
+        return facts
     child = subprocess.Popen([sys.executable, *command_of(job, folder)])
     # A process that is asked to end passes it on, so that the run writes its checkpoint.
     signal.signal(signal.SIGTERM, lambda number, frame: child.send_signal(number))
@@ -83,7 +83,7 @@ def trained(job, folder):
         records.write_json(kept, facts)
     if code:
         sys.exit(code)
-    return {"peak_mib": facts["peak_mib"]}
+    return facts
 
 
 def check(job, folder):

@@ -116,6 +116,11 @@ def random_result(found, task):
     return records[0]["results"][task] if records else None
 
 
+def judged_from(found, things):
+    """Return the tasks or runs, or none while chance, from which 90 % is told, is not measured."""
+    return things if select(found, "random") else ()
+
+
 def best_return(task):
     """Return the best possible return of a task."""
     return envs.make(EVERY[task], task=task).best_return
@@ -258,13 +263,13 @@ def efficiency_table(found, model):
     header = ["task", "method", "got there", "primitive steps to 90 %", "CPU seconds to 90 %",
               "times the steps of TWOSOME, word", "times its CPU seconds", "return at the end"]
     rows = []
-    for task in TASKS if random_result(found, "cheese") else ():
+    for task in judged_from(found, TASKS):
         lines = methods(found, model, task)
         for label, runs in lines.items():
-            _, seconds, there = ways(found, task, runs)
-            bound = "" if there.all() else "≥ "
+            steps, seconds, there = ways(found, task, runs)
+            bound = at_least(there)
             rows.append([task, label, f"{there.sum()} of {len(runs)}",
-                         steps_cell(found, task, runs), bound + f"{seconds.mean():,.0f}",
+                         bound + f"{steps.mean():,.0f}", bound + f"{seconds.mean():,.0f}",
                          *ratio_cells(found, task, lines, label), plus_minus(returns(runs))])
     return header, rows
 
@@ -275,12 +280,17 @@ def ways(found, task, runs):
             zip(*(reached(found, task, run) for run in runs), strict=True)]
 
 
+def at_least(there):
+    """Return what stands before a mean over seeds, of which some may never have got there."""
+    return "" if there.all() else "≥ "
+
+
 def steps_cell(found, task, runs):
     """Return a cell: the mean primitive steps to 90 %, or a dash."""
-    if not runs or not random_result(found, task):
+    if not judged_from(found, runs):
         return "-"
     steps, _, there = ways(found, task, runs)
-    return ("" if there.all() else "≥ ") + f"{steps.mean():,.0f}"
+    return at_least(there) + f"{steps.mean():,.0f}"
 
 
 def ratio(theirs, ours):
@@ -301,7 +311,7 @@ def ratio_cells(found, task, lines, label):
     cells = []
     for mine, their in zip(ours[:2], theirs[:2], strict=True):
         middle, ends = ratio(their, mine)
-        cells.append(("" if theirs[2].all() else "≥ ") + f"{middle:.2f} {interval(*ends)}")
+        cells.append(at_least(theirs[2]) + f"{middle:.2f} {interval(*ends)}")
     return cells
 
 
@@ -310,7 +320,7 @@ def aggregate_table(found, model):
     header = ["method", "runs", "interquartile mean at the end", "after TWOSOME's steps",
               "chance that TWOSOME, word is better then"]
     lines = {}
-    for task in TASKS if random_result(found, "cheese") else ():
+    for task in judged_from(found, TASKS):
         for label, runs in methods(found, model, task).items():
             lines.setdefault(label, {})[task] = runs
     ours = lines.get("TWOSOME, word", {})
@@ -474,6 +484,9 @@ def mask_table(found, model):
     return ["task", "method", "return with the mask", "without it", "success without it"], rows
 
 
+KIND = {"pocket_lm": "own", "smollm2": "real"}  # of text that an LLM was made to read
+
+
 def retention_table(found, model):
     """What the LLM keeps of itself: perplexity and KL to the base, mean and interval over seeds."""
     rows = []
@@ -493,8 +506,7 @@ def retention_table(found, model):
 def holding_table(found, model):
     """What holding the policy to its base gives: elsewhere, and to the LLM. Seeds 1 to 3."""
     rows = []
-    # The base's kind of text: real English, and for pocket_lm lines of a home.
-    text = {"pocket_lm": "own", "smollm2": "real"}[model]
+    text = KIND[model]
     for task, variant in itertools.product(SHORT, (None, "not-held")):
         runs, elsewhere, keeping = (
             first_three(select(found, kind, model=model, task=task, norm="word", variant=variant))
@@ -612,7 +624,7 @@ def ablations_table(found, model):
     rows = []
     for variant in (None, *sorted(known)):
         cells = []
-        for task in SHORT if random_result(found, "cheese") else ():
+        for task in judged_from(found, SHORT):
             runs = first_three(learned(found, model, task, "word", variant))
             cells += [plus_minus(returns(runs), ".4f"), steps_cell(found, task, runs),
                       span([run["summary"]["cpu_seconds"] for run in runs]) if runs else "-"]
@@ -627,7 +639,7 @@ def tuning_table(found, model):
                            for what in ("steps to 90 %", "return at the end"))]
     runs = [run for run in select(found, "ppo", form="tuned") if run["arguments"]["seed"] > 100]
     rows = {}
-    for run in runs if model == MODELS[0] and random_result(found, "cheese") else ():
+    for run in judged_from(found, runs) if model == MODELS[0] else ():
         task = run["arguments"]["task"]
         setting = run["name"].removeprefix("ppo-tuning-").split(f"-{task}-")[0]
         rows.setdefault(setting, {}).setdefault(task, []).append(run)
@@ -681,7 +693,7 @@ def efficient(found, model):
     While a baseline that learns is not measured, the verdict is only how it stands so far.
     """
     judged, others, met, missing = [], [], set(), set()
-    for task in TASKS if random_result(found, "cheese") else ():
+    for task in judged_from(found, TASKS):
         lines = methods(found, model, task)
         if "TWOSOME, word" not in lines:
             continue
@@ -752,9 +764,8 @@ def keeps(found, model):
 
     That is real English, and for pocket_lm lines of a home: other English it never could read.
     """
-    text = {"pocket_lm": "own", "smollm2": "real"}[model]
     judged = [(f"{record['arguments']['task']} seed {record['arguments']['seed']}",
-               abs(record[text]["trained"]["change_percent"]) <= 2)
+               abs(record[KIND[model]]["trained"]["change_percent"]) <= 2)
               for record in select(found, "retention", model=model, variant=None)]
     return count_of(judged)
 
@@ -778,7 +789,7 @@ def unmasked(found, model):
     if model != "pocket_lm":
         return "-", "not asked"
     judged = []
-    for task in TASKS if random_result(found, "cheese") else ():
+    for task in judged_from(found, TASKS):
         runs = learned(found, model, task, "word", "no-mask")
         if runs:
             judged.append((task, scaled(found, task, np.mean(returns(runs))) >= 0.9))
