@@ -38,6 +38,7 @@ def write(options):
     write_csv(options, "learning", list_of_runs(found))
     draw(options, found)
     draw_prior(options, found)
+    draw_lengths(options, found)
     for path in options.readmes:
         if os.path.exists(path):
             with open(path, encoding="utf-8") as file:
@@ -168,3 +169,27 @@ def draw_prior(options, found):
         panel.invert_yaxis()
     panel.legend(frameon=False)
     picture(options, "normalisation", figure)
+
+
+def draw_lengths(options, found):
+    """Draw the untrained LLM's log P of each phrase against its tokens and against its words.
+
+    A row is an LLM. A point is a phrase: its mean over all prompts in which it could be chosen.
+    """
+    from matplotlib.figure import Figure
+    shown = {model: tables.select(found, "prior", model=model) for model in MODELS}
+    shown = {model: priors for model, priors in shown.items() if priors}
+    if not shown:
+        return
+    figure = Figure(figsize=(9.2, 3.2 * len(shown)), layout="constrained")
+    panels = figure.subplots(len(shown), 2, squeeze=False)
+    for row, (model, priors) in zip(panels, shown.items(), strict=True):
+        row[0].set_ylabel(f"{model}: log P of a phrase, nats")
+        for record in priors:
+            joint, *lengths = np.array(list(record["phrases"].values())).T
+            for panel, length in zip(row, lengths, strict=True):
+                panel.scatter(length, joint, s=14, alpha=0.7, label=record["arguments"]["task"])
+        for panel, unit in zip(row, ("tokens", "words"), strict=True):
+            panel.set_xlabel(f"{unit} of the phrase")
+    panels[0][0].legend(frameon=False, fontsize="small")
+    picture(options, "lengths", figure)

@@ -376,6 +376,21 @@ def test_the_same_results_give_the_same_files(invented, tmp_path):
     assert (sorted(same), other, errors) == (sorted(names), [], [])
 
 
+def test_the_reasons_of_the_normalisations_are_drawn(invented):
+    phrases = {"pick up the tomato": [-3.0, 4, 4], "serve": [-1.0, 1, 1]}
+    record = {"format": records.FORMAT, "name": "prior-pocket_lm-tomato-salad", "kind": "prior",
+              "arguments": {"model": "pocket_lm", "task": "tomato-salad"}, "prompts": 1,
+              "entropies": dict.fromkeys(tables.NORMS, 0.5), "phrases": phrases,
+              "nats_a_token": [-0.7, 1.0], "nats_a_word": [-0.7, 1.0],
+              "results": {norm: {"return": 0.1, "success": 0.0} for norm in tables.NORMS},
+              "state": {"phrases": [*phrases], **dict.fromkeys(tables.NORMS, [0.2, 0.8])}}
+    records.write_json(str(invented / "runs" / f"{record['name']}.json"), record)
+    assert claims.main(["--report", "--out", str(invented)]) == 0
+    for name, told in (("normalisation", "pick up the tomato"), ("lengths", "words of the phrase")):
+        assert told in (invented / f"{name}.svg").read_text()
+    assert rows_of(invented, "lengths-pocket_lm")[0]["nats a token (R²)"] == "-0.70 (1.00)"
+
+
 def test_tables_and_claims_can_be_told_from_part_of_the_results(invented):
     """Whichever record is missing, as while a campaign goes on, every table can be made."""
     found = records.stored(claims.parse(["--report", "--out", str(invented)]))
