@@ -79,11 +79,13 @@ class Vector:
         return tuple(obs.tolist()), tuple(info["admissible"]) or tuple(range(self.actions))
 
     def log_probs(self, items):
-        rows = self.actor(torch.tensor([features for features, _ in items]))  # [B, actions]
-        chosen = []
-        for row, (_, admissible) in zip(rows, items, strict=True):
-            chosen.append(row[list(admissible)].log_softmax(-1))
-        return chosen
+        logits = self.actor(torch.tensor([features for features, _ in items]))  # [B, actions]
+        counts = [len(admissible) for _, admissible in items]
+        rows = np.repeat(np.arange(len(items)), counts)
+        actions = np.concatenate([admissible for _, admissible in items])
+        masked = torch.full_like(logits, -math.inf)
+        masked[rows, actions] = logits[rows, actions]
+        return masked.log_softmax(-1)[rows, actions].split(counts)
 
     def values(self, items):
         return self.critic(torch.tensor([features for features, _ in items]))[:, 0]
