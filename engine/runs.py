@@ -321,9 +321,11 @@ class Run:
             raise RunError(f"{folder} cannot be made: {error.strerror}; name another") from None
         # A start that was killed before its config.json leaves a lock and temporary names.
         names = [name for name in os.listdir(folder) if not re.match(r"lock$|\.tmp-", name)]
+        if "config.json" in names:
+            env = str(read_config(folder).get("env"))
+            raise RunError(f"{folder} holds a run already; go on with: {again(folder, env)}")
         if names:
-            run = f"holds a run already; go on with: {again(folder, config.get('env', ''))}"
-            raise RunError(f"{folder} {run if 'config.json' in names else 'must be new or empty'}")
+            raise RunError(f"{folder} must be new or empty")
         run = cls(folder, False, config)
         run.write("config.json", {"format": FORMAT, **config})
         return run

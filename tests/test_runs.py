@@ -630,6 +630,13 @@ def test_names_are_names(tmp_path, monkeypatch):
         assert "no run" in refusal(runs.Run, name)
     assert os.listdir("full") == ["thesis.tex"]
     assert [runs.free_name("", name) for name in ("full", "x")] == ["full-2", "x"]
+    # The world named is the stored run's, whatever the new one would be of.
+    runs.Run.create("own", {"env": "a.py:World"}).close()
+    for other in ("overcooked", "b.py:Other"):
+        message = refusal(runs.Run.create, "own", {"env": other})
+        assert message.endswith("--resume own --env a.py:World")
+    runs.Run.create("ours", {"env": "overcooked"}).close()
+    assert refusal(runs.Run.create, "ours", {"env": "b.py:Other"}).endswith("--resume ours")
 
 
 def test_malformed_configs_are_one_line(tmp_path):
