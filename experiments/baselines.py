@@ -177,16 +177,20 @@ def vector(job):
         return command.summarize(ppo.evaluate(functools.partial(make, **counted), learner.agent,
                                               job["episodes"], command.EVALUATION_SEED, gamma))
 
-    start = time.process_time()
+    def spent():
+        """Return the seconds since the beginning, by the clock and of the core."""
+        now = time.perf_counter(), time.process_time()
+        return {"seconds": now[0] - start[0], "cpu_seconds": now[1] - start[1]}
+
+    start = time.perf_counter(), time.process_time()
     first = measured()
     rows = [{"update": 0, "steps": 0, "primitive_steps": 0, "episodes": job["episodes"],
              "return": first["return"], "success": first["success"], "entropy": np.nan,
-             "kl": np.nan, "cpu_seconds": 0.0}]
-    names = list(rows[0])[:-1]
+             "kl": np.nan, "seconds": 0.0, "cpu_seconds": 0.0}]
+    names = list(rows[0])[:-2]
     for _ in range(learner.total_updates):
         row = learner.iterate()
-        rows.append({**{name: row[name] for name in names},
-                     "cpu_seconds": time.process_time() - start})
+        rows.append({**{name: row[name] for name in names}, **spent()})
     end = {**measured(), "best": make().best_return, "steps": rows[-1]["steps"],
            "primitive_steps": rows[-1]["primitive_steps"],
            "cpu_seconds": rows[-1]["cpu_seconds"]}

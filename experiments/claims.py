@@ -33,13 +33,13 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import envs
 from experiments import records
-from experiments.jobs import EVERY, GROUPS, MODELS, QUEST_GAME, SHORT, TASKS, table_of_jobs
+from experiments.jobs import ALONE, EVERY, GROUPS, MODELS, QUEST_GAME, SHORT, TASKS, table_of_jobs
 
 # torch and the rooms that need it are imported inside the functions that run in a job's process:
 # the campaign and the report stay small, and a run's peak memory is its own.
 
 CURVE = ("update", "steps", "primitive_steps", "episodes", "return", "success", "entropy", "kl",
-         "cpu_seconds")
+         "seconds", "cpu_seconds")
 
 # -----------------------------------------------------------------------------
 # What a job's process does. Each function returns a dict for the job's file.
@@ -353,7 +353,7 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     quick = "--quick" in (sys.argv[1:] if argv is None else argv)
     parser.add_argument("--only", nargs="+", choices=GROUPS, help="measure these parts alone",
-                        default=[name for name in GROUPS if name != "tuning"])
+                        default=[name for name in GROUPS if name not in ALONE])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS[:1 + (not quick)])
     parser.add_argument("--tasks", nargs="+", choices=TASKS,
                         default=SHORT if quick else list(TASKS))

@@ -176,6 +176,18 @@ def tuning_jobs(options):
     return found
 
 
+def quiet_jobs(options):
+    """Wall-clock, once: a seed of each method, one after the other on a machine without other work.
+
+    Begin them with --jobs 1; nothing can tell from a job's own process whether it was alone.
+    """
+    tasks = [task for task in options.tasks if task in SHORT]
+    found = [learn_job(options, model, "word", task, 1, "quiet")
+             for task in tasks for model in options.models]
+    return found + [vector_job(options, form, task, 1, f"quiet-{form}", quiet=True)
+                    for task in tasks for form in ("equal", "tuned")]
+
+
 def saycan_jobs(options):
     """SayCan-style, with three affordances, on the LLM's score with and without division."""
     return [of_task(options, "saycan", model, task, 5 + 8 * PLAY[model],
@@ -305,7 +317,8 @@ GROUPS = {"learning": learning_jobs, "transfer": transfer_jobs,
           "baselines": baseline_jobs, "saycan": saycan_jobs, "mask": mask_jobs,
           "retention": retention_jobs, "holding": holding_jobs, "ability": ability_jobs,
           "worlds": world_jobs, "prompts": prompt_jobs, "ablations": ablation_jobs,
-          "tuning": tuning_jobs}
+          "tuning": tuning_jobs, "quiet": quiet_jobs}
+ALONE = ("tuning", "quiet")  # not without being asked for: it comes first, or needs the machine
 
 
 def table_of_jobs(options):

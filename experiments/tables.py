@@ -98,7 +98,7 @@ def methods(found, model, task):
              for norm in ("word", "token", "sum")}
     lines["TWOSOME, random weights"] = learned(found, model, task, "word", "random-weights")
     for form in ("published", "equal", "tuned"):
-        records = select(found, "ppo", task=task, form=form, mask=None)
+        records = select(found, "ppo", task=task, form=form, mask=None, quiet=None)
         # Seeds above 100 belong to the search for the tuned form.
         lines[f"PPO, {form}"] = [run for run in records if run["arguments"]["seed"] < 100]
     return {label: runs for label, runs in lines.items() if runs}
@@ -150,17 +150,17 @@ def points(run, *axes):
     return [np.array([columns[name][k] or 0.0 for k in rows]) for name in ("return", *axes)]
 
 
-def reached(found, task, run, share=0.9):
-    """Return (primitive steps, CPU seconds, whether) until a run was 90 % of the way there.
+def reached(found, task, run, axes=("primitive_steps", "cpu_seconds")):
+    """Return where a run was 90 % of the way there, along each axis, and whether it ever was.
 
     The way goes from chance to the best possible return. What never got there counts with all
     its steps, which is too kind to it.
     """
-    values, steps, seconds = points(run, "primitive_steps", "cpu_seconds")
-    there = scaled(found, task, values) >= share
+    values, *columns = points(run, *axes)
+    there = scaled(found, task, values) >= 0.9
     if there.any():
-        return steps[there.argmax()], seconds[there.argmax()], True
-    return run["curve"]["primitive_steps"][-1], run["curve"]["cpu_seconds"][-1], False
+        return *(column[there.argmax()] for column in columns), True
+    return *(run["curve"][axis][-1] for axis in axes), False
 
 
 def curve(runs, axis):
@@ -313,6 +313,23 @@ def ratio_cells(found, task, lines, label):
         middle, ends = ratio(their, mine)
         cells.append(at_least(theirs[2]) + f"{middle:.2f} {interval(*ends)}")
     return cells
+
+
+def quiet_table(found, model):
+    """Wall-clock of seed 1, measured on a machine without other work."""
+    rows = []
+    for task in judged_from(found, SHORT):
+        lines = {"TWOSOME, word": learned(found, model, task, "word", "quiet")}
+        for form in ("equal", "tuned"):
+            lines[f"PPO, {form}"] = select(found, "ppo", task=task, form=form, quiet=True)
+        for label, runs in lines.items():
+            for run in runs:
+                *ends, there = reached(found, task, run, ("primitive_steps", "seconds",
+                                                          "cpu_seconds"))
+                rows.append([task, label, *(at_least(np.array(there)) + f"{end:,.0f}"
+                                            for end in ends)])
+    return ["task", "method", "primitive steps to 90 %", "seconds to 90 %",
+            "CPU seconds to 90 %"], rows
 
 
 def aggregate_table(found, model):
@@ -473,8 +490,9 @@ def mask_table(found, model):
         lines = {"TWOSOME, word": [learned(found, model, task, "word", variant)
                                    for variant in (None, "no-mask")]}
         for form in ("equal", "tuned"):
-            lines[f"PPO, {form}"] = [select(found, "ppo", task=task, form=form, mask=mask)
-                                     for mask in (None, False)]
+            lines[f"PPO, {form}"] = [
+                select(found, "ppo", task=task, form=form, mask=mask, quiet=None)
+                for mask in (None, False)]
         for label, (masked, free) in lines.items():
             masked = [run for run in masked if run["arguments"]["seed"] < 100]
             if free:
@@ -834,8 +852,8 @@ def verdicts(tables):
 
 
 TABLES = {"learning": learning_table, "transfer": transfer_table, "efficiency": efficiency_table,
-          "aggregate": aggregate_table, "saycan": saycan_table, "norms": norms_table,
-          "temperature": temperature_table, "lengths": lengths_table,
+          "quiet": quiet_table, "aggregate": aggregate_table, "saycan": saycan_table,
+          "norms": norms_table, "temperature": temperature_table, "lengths": lengths_table,
           "principles": principles_table, "uneven": uneven_table, "rewording": rewording_table,
           "mask": mask_table, "retention": retention_table, "holding": holding_table,
           "ability": ability_table, "worlds": worlds_table, "quest": quest_table,

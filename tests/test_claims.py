@@ -339,8 +339,25 @@ def test_a_seed_that_never_gets_there_counts_with_all_its_steps():
     found = [{"kind": "random", "arguments": {},
               "results": {"cheese": {"return": 0.0}}}]
     assert tables.reached(found, "cheese", run) == (1000, 5.0, True)
+    run["curve"]["seconds"] = [0.0, 7.0, 14.0]
+    assert tables.reached(found, "cheese", run, ("seconds", "steps")) == (7.0, 1000, True)
     run["curve"]["return"] = [0.0, None, 0.1]
     assert tables.reached(found, "cheese", run) == (2000, 10.0, False)
+
+
+def test_what_was_measured_alone_is_told_by_the_clock_and_counts_nowhere_else(invented):
+    found = records.stored(claims.parse(["--report", "--out", str(invented)]))
+    before = {name: make(found, "pocket_lm") for name, make in tables.TABLES.items()}
+    free = {"model": "pocket_lm", "norm": "word", "variant": "quiet"}
+    for record in (invented_run("learn", "quiet", "tomato-salad", 1, 3000, **free),
+                   invented_run("ppo", "quiet-ppo", "tomato-salad", 1, 9000, form="equal",
+                                quiet=True)):
+        record["curve"]["seconds"] = [0.0, 6.0, 12.0]
+        found.append(record)
+    after = {name: make(found, "pocket_lm") for name, make in tables.TABLES.items()}
+    assert after.pop("quiet")[1] == [["tomato-salad", "TWOSOME, word", "3,000", "6", "5"],
+                                     ["tomato-salad", "PPO, equal", "9,000", "6", "5"]]
+    assert before.pop("quiet")[1] == [] and after == before
 
 
 def test_a_first_perfect_episode_is_not_ninety_per_cent_of_the_way():
