@@ -29,7 +29,7 @@ class Job:
 # CPU minutes of a run and of an evaluation of one task, by model: rough, from first runs.
 LEARN = {"pocket_lm": {"tomato-salad": 0.4, "tomato-lettuce-salad": 4, "food-preparation": 0.5,
                        "entertainment": 3.2},
-         "smollm2": {"tomato-salad": 6, "tomato-lettuce-salad": 25, "food-preparation": 6,
+         "smollm2": {"tomato-salad": 2.5, "tomato-lettuce-salad": 25, "food-preparation": 2.5,
                      "entertainment": 16}}
 PLAY = {"pocket_lm": 0.04, "smollm2": 0.4}
 
