@@ -79,11 +79,13 @@ class Vector:
         return tuple(obs.tolist()), tuple(info["admissible"]) or tuple(range(self.actions))
 
     def log_probs(self, items):
+        """Return log pi of each item. All share one softmax, because one for each is slower."""
         logits = self.actor(torch.tensor([features for features, _ in items]))  # [B, actions]
         counts = [len(admissible) for _, admissible in items]
-        rows = np.repeat(np.arange(len(items)), counts)
-        actions = np.concatenate([admissible for _, admissible in items])
-        masked = torch.full_like(logits, -math.inf)
+        # Where the admissible actions stand in the logits; S is their number over all items.
+        rows = np.repeat(np.arange(len(items)), counts)  # [S]
+        actions = np.concatenate([admissible for _, admissible in items])  # [S]
+        masked = torch.full_like(logits, -math.inf)  # 0 in probability
         masked[rows, actions] = logits[rows, actions]
         return masked.log_softmax(-1)[rows, actions].split(counts)
 
@@ -178,7 +180,7 @@ def vector(job):
                                               job["episodes"], command.EVALUATION_SEED, gamma))
 
     def spent():
-        """Return the seconds since the beginning, by the clock and of the core."""
+        """Return the seconds since the beginning, by the clock and of the CPU."""
         now = time.perf_counter(), time.process_time()
         return {"seconds": now[0] - start[0], "cpu_seconds": now[1] - start[1]}
 
@@ -187,10 +189,8 @@ def vector(job):
     rows = [{"update": 0, "steps": 0, "primitive_steps": 0, "episodes": job["episodes"],
              "return": first["return"], "success": first["success"], "entropy": np.nan,
              "kl": np.nan, "seconds": 0.0, "cpu_seconds": 0.0}]
-    names = list(rows[0])[:-2]
     for _ in range(learner.total_updates):
-        row = learner.iterate()
-        rows.append({**{name: row[name] for name in names}, **spent()})
+        rows.append({**learner.iterate(), **spent()})
     end = {**measured(), "best": make().best_return, "steps": rows[-1]["steps"],
            "primitive_steps": rows[-1]["primitive_steps"],
            "cpu_seconds": rows[-1]["cpu_seconds"]}

@@ -1,6 +1,6 @@
 """The paper's claims, measured: one command for every run, one for every table and picture.
 
-    python experiments/claims.py                          everything, or what is left of it
+    python experiments/claims.py                          all but tuning and quiet, or what is left
     python experiments/claims.py --only learning          one part of it: see jobs.GROUPS
     python experiments/claims.py --only learning --models smollm2 --tasks tomato-salad --seeds 1 2
     python experiments/claims.py --list                   the jobs, their estimated CPU hours
@@ -33,7 +33,8 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import envs
 from experiments import records
-from experiments.jobs import ALONE, EVERY, GROUPS, MODELS, QUEST_GAME, SHORT, TASKS, table_of_jobs
+from experiments.jobs import (EVERY, GROUPS, MODELS, ON_REQUEST, QUEST_GAME, SHORT, TASKS,
+                              table_of_jobs)
 
 # torch and the rooms that need it are imported inside the functions that run in a job's process:
 # the campaign and the report stay small, and a run's peak memory is its own.
@@ -353,7 +354,7 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     quick = "--quick" in (sys.argv[1:] if argv is None else argv)
     parser.add_argument("--only", nargs="+", choices=GROUPS, help="measure these parts alone",
-                        default=[name for name in GROUPS if name not in ALONE])
+                        default=[name for name in GROUPS if name not in ON_REQUEST])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS[:1 + (not quick)])
     parser.add_argument("--tasks", nargs="+", choices=TASKS,
                         default=SHORT if quick else list(TASKS))
@@ -369,6 +370,8 @@ def parse(argv):
     for flag, value in (("--episodes", 0), ("--steps", 2048)):
         parser.add_argument(flag, type=int, default=value, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    if "quiet" in options.only:
+        options.jobs = 1  # the clock is read, so no other job may run beside one
     if options.quick:
         options.seeds, options.episodes = options.seeds[:1], options.episodes or 20
     name = "quick" if options.quick else "claims"

@@ -177,14 +177,15 @@ def tuning_jobs(options):
 
 
 def quiet_jobs(options):
-    """Wall-clock, once: a seed of each method, one after the other on a machine without other work.
+    """Wall-clock, once: seed 1 of TWOSOME and of PPO's two fair forms, on the two short tasks.
 
-    Begin them with --jobs 1; nothing can tell from a job's own process whether it was alone.
+    They run one after the other. Keep the machine free of other work: no job can tell whether it
+    was alone.
     """
     tasks = [task for task in options.tasks if task in SHORT]
     found = [learn_job(options, model, "word", task, 1, "quiet")
              for task in tasks for model in options.models]
-    return found + [vector_job(options, form, task, 1, f"quiet-{form}", quiet=True)
+    return found + [vector_job(options, form, task, 1, f"{form}-quiet", variant="quiet")
                     for task in tasks for form in ("equal", "tuned")]
 
 
@@ -318,7 +319,9 @@ GROUPS = {"learning": learning_jobs, "transfer": transfer_jobs,
           "retention": retention_jobs, "holding": holding_jobs, "ability": ability_jobs,
           "worlds": world_jobs, "prompts": prompt_jobs, "ablations": ablation_jobs,
           "tuning": tuning_jobs, "quiet": quiet_jobs}
-ALONE = ("tuning", "quiet")  # not without being asked for: it comes first, or needs the machine
+# Left out unless they are asked for: the search belongs before a campaign, and the wall-clock needs
+# the whole machine.
+ON_REQUEST = ("tuning", "quiet")
 
 
 def table_of_jobs(options):

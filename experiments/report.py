@@ -186,10 +186,12 @@ def draw_lengths(options, found):
     for row, (model, priors) in zip(panels, shown.items(), strict=True):
         row[0].set_ylabel(f"{model}: log P of a phrase, nats")
         for record in priors:
+            task = record["arguments"]["task"]
             joint, *lengths = np.array(list(record["phrases"].values())).T
             for panel, length in zip(row, lengths, strict=True):
-                panel.scatter(length, joint, s=14, alpha=0.7, label=record["arguments"]["task"])
+                panel.scatter(length, joint, s=14, alpha=0.7, label=task,
+                              color=f"C{[*TASKS].index(task)}")  # one colour a task, in every row
+        row[0].legend(frameon=False, fontsize="small")
         for panel, unit in zip(row, ("tokens", "words"), strict=True):
             panel.set_xlabel(f"{unit} of the phrase")
-    panels[0][0].legend(frameon=False, fontsize="small")
     picture(options, "lengths", figure)

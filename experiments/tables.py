@@ -98,7 +98,7 @@ def methods(found, model, task):
              for norm in ("word", "token", "sum")}
     lines["TWOSOME, random weights"] = learned(found, model, task, "word", "random-weights")
     for form in ("published", "equal", "tuned"):
-        records = select(found, "ppo", task=task, form=form, mask=None, quiet=None)
+        records = select(found, "ppo", task=task, form=form, mask=None, variant=None)
         # Seeds above 100 belong to the search for the tuned form.
         lines[f"PPO, {form}"] = [run for run in records if run["arguments"]["seed"] < 100]
     return {label: runs for label, runs in lines.items() if runs}
@@ -321,7 +321,7 @@ def quiet_table(found, model):
     for task in judged_from(found, SHORT):
         lines = {"TWOSOME, word": learned(found, model, task, "word", "quiet")}
         for form in ("equal", "tuned"):
-            lines[f"PPO, {form}"] = select(found, "ppo", task=task, form=form, quiet=True)
+            lines[f"PPO, {form}"] = select(found, "ppo", task=task, form=form, variant="quiet")
         for label, runs in lines.items():
             for run in runs:
                 *ends, there = reached(found, task, run, ("primitive_steps", "seconds",
@@ -491,7 +491,7 @@ def mask_table(found, model):
                                    for variant in (None, "no-mask")]}
         for form in ("equal", "tuned"):
             lines[f"PPO, {form}"] = [
-                select(found, "ppo", task=task, form=form, mask=mask, quiet=None)
+                select(found, "ppo", task=task, form=form, mask=mask, variant=None)
                 for mask in (None, False)]
         for label, (masked, free) in lines.items():
             masked = [run for run in masked if run["arguments"]["seed"] < 100]

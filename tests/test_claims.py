@@ -351,7 +351,7 @@ def test_what_was_measured_alone_is_told_by_the_clock_and_counts_nowhere_else(in
     free = {"model": "pocket_lm", "norm": "word", "variant": "quiet"}
     for record in (invented_run("learn", "quiet", "tomato-salad", 1, 3000, **free),
                    invented_run("ppo", "quiet-ppo", "tomato-salad", 1, 9000, form="equal",
-                                quiet=True)):
+                                variant="quiet")):
         record["curve"]["seconds"] = [0.0, 6.0, 12.0]
         found.append(record)
     after = {name: make(found, "pocket_lm") for name, make in tables.TABLES.items()}
@@ -469,6 +469,11 @@ def test_ppo_without_an_llm_keeps_to_the_admissible_actions():
     assert len(row) == len(item[1]) == 5
     assert row.exp().sum().item() == pytest.approx(1)
     assert agent.values([item, item]).shape == (2,)
+    # Each policy of a batch is the softmax over its own item's admissible actions.
+    items = [item, (tuple(2 * x + 1 for x in item[0]), (0, 2, 9)), (item[0], (4,))]
+    for policy, (features, admissible) in zip(agent.log_probs(items), items, strict=True):
+        logits = agent.actor(torch.tensor(features))[list(admissible)]
+        assert torch.allclose(policy, logits.log_softmax(-1), atol=1e-6)
     # An empty set means that every action is admissible.
     assert len(agent.describe(np.zeros(11), {"admissible": []})[1]) == 10
 
