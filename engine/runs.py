@@ -257,7 +257,7 @@ def read_config(folder):
     except RunError as error:
         raise RunError(f"no run in {folder[:60]!r}: {error}{restoring(folder)}") from None
     if config.pop("format", None) != FORMAT:
-        raise RunError(f"{folder} was written by an earlier version or is no run; begin anew in another folder")
+        raise RunError(f"{folder} was written by an earlier version or is no run; begin a new one")
     return config
 
 

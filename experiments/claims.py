@@ -32,9 +32,8 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import envs
-from experiments import records
-from experiments.jobs import (EVERY, GROUPS, MODELS, ON_REQUEST, QUEST_GAME, SHORT, TASKS,
-                              table_of_jobs)
+from experiments import jobs, records
+from experiments.jobs import EVERY, GROUPS, MODELS, SHORT, TASKS, table_of_jobs
 
 # torch and the rooms that need it are imported inside the functions that run in a job's process:
 # the campaign and the report stay small, and a run's peak memory is its own.
@@ -228,7 +227,7 @@ def quest(job, folder):
     agent, _ = twosome.load(folder, env=env)
     config = dataclasses.replace(command.config_of(folder, {"env": env}), gamma=1.0)
     facts["games"] = {}
-    for seed in (QUEST_GAME, *range(1, 11)):
+    for seed in (jobs.QUEST_GAME, *range(1, 11)):
         make_env = worlds.make_world(env, {"seed": seed})
         with agent.untrained():
             untrained = command.measure(make_env, agent, config)
@@ -354,7 +353,7 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     quick = "--quick" in (sys.argv[1:] if argv is None else argv)
     parser.add_argument("--only", nargs="+", choices=GROUPS, help="measure these parts alone",
-                        default=[name for name in GROUPS if name not in ON_REQUEST])
+                        default=[name for name in GROUPS if name not in jobs.ON_REQUEST])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS[:1 + (not quick)])
     parser.add_argument("--tasks", nargs="+", choices=TASKS,
                         default=SHORT if quick else list(TASKS))
