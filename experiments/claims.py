@@ -19,6 +19,7 @@ A job of kind learn is the README's own command, `python twosome.py --env E --ta
 settings were chosen on seeds above 100; the seeds reported here are 1 to 5, of FrozenLake 1 to 10.
 """
 import argparse
+import collections
 import concurrent.futures
 import csv
 import dataclasses
@@ -29,6 +30,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import envs
@@ -271,6 +273,7 @@ class Campaign:
     def __init__(self, options):
         self.options = options
         self.running, self.failed, self.stopped = {}, [], False
+        self.locks = collections.defaultdict(threading.Lock)  # {name of a run: lock}
 
     def run(self, jobs):
         """Run the jobs. Returns the exit code."""
@@ -293,6 +296,12 @@ class Campaign:
         return 130 if self.stopped else int(bool(self.failed))
 
     def one(self, job):
+        """Run one job, but never two at once that train or look at the same run."""
+        with self.locks[job.arguments.get("run", job.name)]:
+            if not self.stopped:
+                self.process(job)
+
+    def process(self, job):
         """Run one job in a process of its own."""
         text = json.dumps({key: getattr(job, key) for key in ("name", "kind", "arguments")})
         command = [sys.executable, os.path.abspath(__file__), "--job", text,

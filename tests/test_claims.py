@@ -1,5 +1,6 @@
 """The measurement measures what it says: jobs, stored files, statistics, tables and baselines."""
 import csv
+import dataclasses
 import filecmp
 import io
 import json
@@ -233,6 +234,26 @@ def test_a_job_that_fails_is_named_and_the_others_go_on(tmp_path, capfd, monkeyp
     last = capfd.readouterr().err.splitlines()[-1]
     assert last.startswith("bad: exit code") and "bad.log" in last
     assert not (tmp_path / "out").exists()
+
+
+def test_jobs_that_share_a_run_never_run_at_once(monkeypatch, tmp_path):
+    """A run has a lock: a job that finds another process at work in it would fail."""
+    learned = [jobs.Job(f"learn-{n}", "learn", {}, 1) for n in (1, 2)]
+    found = [*learned, *(jobs.of_run(kind, dataclasses.replace(job, arguments={"seed": n}), 1)
+                         for n, job in enumerate(learned) for kind in ("transfer", "retention"))]
+    now, seen = [], []
+
+    def process(campaign, job):
+        now.append(job.arguments.get("run", job.name))
+        seen.append([*now])
+        time.sleep(0.05)
+        now.remove(job.arguments.get("run", job.name))
+
+    monkeypatch.setattr(claims.Campaign, "process", process)
+    options = claims.parse(["--jobs", "4", "--work", str(tmp_path)])
+    assert claims.Campaign(options).run(found) == 0
+    assert len(seen) == 6 and all(len({*runs}) == len(runs) for runs in seen)
+    assert max(map(len, seen)) == 2  # different runs go on side by side
 
 
 # -----------------------------------------------------------------------------
