@@ -275,20 +275,20 @@ class Campaign:
         self.running, self.failed, self.stopped = {}, [], False
         self.locks = collections.defaultdict(threading.Lock)  # {name of a run: lock}
 
-    def run(self, jobs):
-        """Run the jobs. Returns the exit code."""
+    def run(self, left):
+        """Run the jobs that are left. Returns the exit code."""
         from tqdm import tqdm
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         form = "{l_bar}{bar}| {elapsed} spent, {remaining} left{postfix}"
-        total = sum(job.minutes for job in jobs)
+        total = sum(job.minutes for job in left)
         with (concurrent.futures.ThreadPoolExecutor(self.options.jobs) as pool,
               tqdm(total=total, bar_format=form, dynamic_ncols=True) as shown):
-            futures = {pool.submit(self.one, job): job for job in jobs}
+            futures = {pool.submit(self.one, job): job for job in left}
             try:
                 for count, future in enumerate(concurrent.futures.as_completed(futures), 1):
                     future.result()
                     shown.update(futures[future].minutes)
-                    shown.set_postfix_str(f"{count} of {len(jobs)}, {futures[future].name}")
+                    shown.set_postfix_str(f"{count} of {len(left)}, {futures[future].name}")
             except KeyboardInterrupt:
                 self.stop(pool)
         for line in self.failed:
