@@ -169,10 +169,16 @@ def vector(job):
     make = functools.partial(envs.make, env, task=task)
     transformers.set_seed(job["seed"])
     torch.set_num_threads(1)
-    learner = ppo.PPO(lambda: Twin(make(**told, **masked), make(**counted)),
-                      Vector(make()), config, job["seed"])
+
+    def world():
+        """Return a world to learn in; the published form's also counts what we would reward."""
+        found = make(**told, **masked)
+        return Twin(found, make(**counted)) if told else found
+
+    learner = ppo.PPO(world, Vector(make()), config, job["seed"])
     gamma = make().gamma
-    learner.episodes = OurEpisodes(learner.envs, gamma)
+    if told:
+        learner.episodes = OurEpisodes(learner.envs, gamma)
 
     def measured():
         """Play the policy as it stands, under our reward."""
