@@ -60,13 +60,13 @@ class EnvError(ValueError):
     """What this module refuses. One line says what was wrong and what would be right."""
 
 
-def _known(kind, name, known):
-    """Return `name` if it is one of the known; else refuse it, and suggest the nearest."""
-    if isinstance(name, str) and name in known:
+def known(kind, name, names):
+    """Return `name` if it is one of the names; else refuse it, and suggest the nearest."""
+    if isinstance(name, str) and name in names:
         return name
-    near = difflib.get_close_matches(str(name), list(known), n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    raise EnvError(f"unknown {kind} {name!r}{hint}; known: {', '.join(known)}")
+    near = difflib.get_close_matches(str(name), list(names), n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise EnvError(f"unknown {kind} {name!r:.60}{hint}; choose one of {', '.join(names)}")
 
 
 def _require(right, option, value, what):
@@ -362,7 +362,7 @@ class Overcooked(_Env):
     def __init__(self, task="tomato-salad", gamma=0.99, max_steps=200, view=VIEW,
                  chop_reward=CHOP_REWARD):
         """Build the kitchen of a task; see OPTIONS. EnvError: a name or a value is wrong."""
-        recipe = OVERCOOKED_TASKS[_known("overcooked task", task, OVERCOOKED_TASKS)]
+        recipe = OVERCOOKED_TASKS[known("overcooked task", task, OVERCOOKED_TASKS)]
         _require(_is_number(view, int) and view >= 1, "view", view, "a positive integer")
         finite = _is_number(chop_reward) and abs(chop_reward) < float("inf")
         _require(finite, "chop_reward", chop_reward, "a finite number")
@@ -826,7 +826,7 @@ class VirtualHome(_Env):
     def __init__(self, task="food-preparation", food=None, appliance=None, gamma=0.95,
                  max_steps=50, mask=True):
         """Build the home of a task; see OPTIONS. EnvError: a name or a value is wrong."""
-        chore = HOME_TASKS[_known("virtualhome task", task, HOME_TASKS)]
+        chore = HOME_TASKS[known("virtualhome task", task, HOME_TASKS)]
         _require(isinstance(mask, bool), "mask", mask, "True or False")
         self.kind = chore.kind
         self.mask = mask
@@ -1007,11 +1007,11 @@ def make(name, task=None, **options):
     Overcooked also takes view= and chop_reward=, VirtualHome takes food=, appliance= and mask=.
     EnvError: a name is unknown, or an option's value is wrong.
     """
-    environment = ENVIRONMENTS[_known("environment", name, ENVIRONMENTS)]
+    environment = ENVIRONMENTS[known("environment", name, ENVIRONMENTS)]
     accepted = list(inspect.signature(environment).parameters)
     accepted.remove("task")
     for option in options:
-        _known(f"{name} option", option, accepted)
+        known(f"{name} option", option, accepted)
     return environment(TASKS[name][0] if task is None else task, **options)
 
 

@@ -323,7 +323,7 @@ class Agent:
 
     @torch.no_grad()
     def last_hidden(self, prompts):
-        """Return what the critic reads of each prompt: float32 [B, H].
+        """Return what the critic reads of each prompt: float32 [B, H], on the CPU.
 
         It is the hidden state of the prompt's last token, after the final norm, with the adapter
         off. The zeros behind shorter prompts change nothing: no token sees a later one.
@@ -331,9 +331,9 @@ class Agent:
         rows = [torch.tensor(ids) for ids in encode(self.tokenizer, prompts)]
         ids = pad_sequence(rows, batch_first=True).to(self.model.device)
         with self.model.disable_adapter():
-            output = models.text_model(self.model)(input_ids=ids, use_cache=False)
+            out = models.text_model(self.model)(input_ids=ids, use_cache=False)
         lasts = [len(row) - 1 for row in rows]  # -1 may be padding
-        return output.last_hidden_state[range(len(rows)), lasts].float()
+        return out.last_hidden_state[range(len(rows)), lasts].float().cpu()
 
     def features(self, prompts):
         """Return last_hidden of each prompt: float32 [B, H]. Remember it; forget the oldest.
@@ -343,10 +343,10 @@ class Agent:
         takes no longer.
         """
         size = 1 if self.model.device.type == "cpu" or processes.place()[1] > 1 else 64
-        features = torch.stack(remember(self.known, prompts, self.last_hidden, size))
+        rows = torch.stack(remember(self.known, prompts, self.last_hidden, size))
         while len(self.known) > self.FEATURES:
             self.known.pop(next(iter(self.known)))
-        return features
+        return rows.to(self.model.device)
 
     def values(self, items):
         """Return V(d) of each item: float32 [B]. Gradients reach the MLP alone."""

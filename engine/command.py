@@ -64,17 +64,8 @@ def preset(name, env, task):
     The tables and their sources are in presets.json; "hub" is another name of smollm2's.
     """
     presets = runs.read_json(os.path.join(HERE, "presets.json"))
-    table = presets[known("preset", "smollm2" if name == "hub" else name, presets)]
+    table = presets[envs.known("preset", "smollm2" if name == "hub" else name, presets)]
     return {**table["all"], **table.get(env, {}), **table.get(task, {})}
-
-
-def known(kind, name, names):
-    """Return the name if it is one of the names. Raises PPOError, with the nearest right one."""
-    if name in names:
-        return name
-    near = difflib.get_close_matches(name, [*names], 1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise ppo.PPOError(f"unknown {kind} {name[:60]!r}{hint}; choose one of {', '.join(names)}")
 
 
 def check(config):
@@ -86,7 +77,7 @@ def check(config):
         if field.type is not str and not least <= value <= most:
             raise ppo.PPOError(f"{name} is {value!s:.20}; it must be between {least} and {most}")
         if "choices" in rule and value != field.default:
-            known(name, value, rule["choices"])
+            envs.known(name, value, rule["choices"])
     config.validate()
     return config
 
@@ -164,7 +155,7 @@ def tasks_named(env=None, task=None, several=False):
         return [(name, each) for name, tasks in envs.TASKS.items() for each in tasks
                 if env in (None, name)]
     owners = {each: name for name, tasks in envs.TASKS.items() for each in tasks}
-    env = env or (owners[known("task", task, owners)] if task else "overcooked")
+    env = env or (owners[envs.known("task", task, owners)] if task else "overcooked")
     return [(env, envs.make(env, task=task or None).task)]
 
 

@@ -2,7 +2,7 @@
 
 `Trainer` is ppo.PPO with a few methods overridden:
 
-    rollout            gather the rollouts of several processes into one
+    rollout            gather the rollouts of several processes into one, and what their critics read
     log_probs          score a share of what the environments of all processes show
     hold               take a share of the texts on which the policy is held to its beginning
     policy_gradient    take a share of a minibatch, in parts, and add up the gradients
@@ -61,7 +61,12 @@ class Trainer(ppo.PPO):
     def rollout(self):
         """Act, and join the rollouts of all processes, environments side by side."""
         self.scores = {}  # the policy has moved since the last rollout
+        known = getattr(self.agent, "known", {})
+        before = {*known}
         parts = [vars(part).values() for part in gather(super().rollout())]
+        # What the critic has read of new prompts in one process serves all of them.
+        for theirs in gather({key: known[key] for key in known if key not in before}):
+            known.update(theirs)
         items, *columns = zip(*parts, strict=True)
         rows = (each[n:n + self.size] for n in range(0, len(items[0]), self.size) for each in items)
         joined = ppo.Rollout(sum(rows, []), *(torch.cat(column, 1) for column in columns))

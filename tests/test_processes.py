@@ -213,26 +213,33 @@ def test_all_processes_hold_the_same_weights_bit_for_bit(start, parts):
     assert both[0][1] == both[1][1] and len(both[0][1].strip()) == 64
 
 
-def scored_in_a_rollout(arguments):
-    """Act, and say what this process has scored, and what the joined rollout holds."""
+def read_in_an_iteration(arguments):
+    """Say what this process scores and what its critic reads, and what the rollout holds."""
     processes.join()
     config, _ = command.parse(arguments)
     agent, make_env = twosome.build(config)
     learner = trainer.Trainer(make_env, agent, config, config.seed)
-    scored = []
-    inner = agent.log_probs
-    agent.log_probs = lambda items: scored.extend(items) or inner(items)
+    scored, read = [], []
+    score, last_hidden = agent.log_probs, agent.last_hidden
+    agent.log_probs = lambda items: scored.extend(items) or score(items)
+    agent.last_hidden = lambda prompts: read.extend(prompts) or last_hidden(prompts)
     rollout = learner.rollout()
-    print(json.dumps([scored, sorted({*rollout.items})]), flush=True)
+    acted = [*scored]  # the update scores again, with gradients
+    learner.update(rollout, torch.ones_like(rollout.rewards), rollout.values)
+    print(json.dumps([acted, read, sorted({*rollout.items})]), flush=True)
     processes.leave()
 
 
-def test_an_observation_that_several_processes_meet_is_scored_by_one_of_them(start):
-    both = start([*SMALL, "--task", "tomato-lettuce-salad"], 2, scored_in_a_rollout).finish()
+def test_what_several_processes_meet_is_scored_and_read_by_one_of_them(start):
+    both = start([*SMALL, "--task", "tomato-lettuce-salad"], 2, read_in_an_iteration).finish()
     assert [code for code, _, _ in both] == [0, 0], both
-    (one, met), (other, known) = (json.loads(said) for _, said, _ in both)
+    (one, mine, met), (other, theirs, known) = (json.loads(said) for _, said, _ in both)
     assert met == known and sorted([*one, *other]) == met  # each once
     assert min(len(one), len(other)) > 0.3 * len(met)
+    # The critic reads what its own environments meet. Nobody reads all of it, in the update either.
+    prompts = {prompt for prompt, _ in met}
+    assert {*mine} | {*theirs} >= prompts
+    assert max(len(mine), len(theirs)) < 0.9 * len(prompts)
 
 
 # -----------------------------------------------------------------------------
