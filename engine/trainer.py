@@ -2,7 +2,7 @@
 
 `Trainer` is ppo.PPO with a few methods overridden:
 
-    rollout            gather the rollouts of several processes into one, and what their critics read
+    rollout            gather the rollouts of several processes into one, and what they read for it
     log_probs          score a share of what the environments of all processes show
     hold               take a share of the texts on which the policy is held to its beginning
     policy_gradient    take a share of a minibatch, in parts, and add up the gradients
