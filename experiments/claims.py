@@ -256,6 +256,11 @@ def work(text, options):
     job = json.loads(text)
     os.makedirs(options.work, exist_ok=True)
     facts = KINDS[job["kind"]](job["arguments"], os.path.join(options.work, job["name"]))
+    if run := job["arguments"].get("run"):
+        # The agent looked at. Where its run was trained anew on another machine, last bits differ,
+        # and so may its return from that of the run's own record.
+        end = records.read_json(os.path.join(options.work, run, "summary.json"))
+        facts["agent"] = {name: end[name] for name in ("return", "success", "cpu_seconds")}
     from experiments.measure import machine
     spent = resource.getrusage(resource.RUSAGE_SELF)
     records.write_json(records.record_path(options, job["name"]), {

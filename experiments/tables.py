@@ -241,10 +241,14 @@ def transfer_table(found, model):
 
 def results_on(found, model, source, task):
     """Return what the agents of a task did there, or on another one, which they never saw."""
-    if source == task:
-        return [run["summary"] for run in learned(found, model, task)]
-    return [record["transfer"][task] for record in
-            select(found, "transfer", model=model, task=source, variant=None)]
+    records = select(found, "transfer", model=model, task=source, variant=None)
+    if source != task:
+        return [record["transfer"][task] for record in records]
+    # The very agents that were played elsewhere, where their records tell: they may have been
+    # trained anew.
+    own = {run["arguments"]["seed"]: run["summary"] for run in learned(found, model, source)}
+    own |= {record["arguments"]["seed"]: record["agent"] for record in records if "agent" in record}
+    return [*own.values()]
 
 
 def mean_played(results):

@@ -224,6 +224,19 @@ def test_an_agent_plays_every_task_that_it_never_saw_with_draws_of_its_own(monke
     assert tables.results_on(found, "pocket_lm", "cheese", "laundry") == [{"return": 2}]
     assert tables.results_on(found, "pocket_lm", "cheese", "cheese") == [{"return": 1}]
     assert tables.results_on(found, "pocket_lm", "pizza", "cheese") == []
+    found[1]["agent"] = {"return": 3}  # trained anew, so not the record's run
+    assert tables.results_on(found, "pocket_lm", "cheese", "cheese") == [{"return": 3}]
+
+
+def test_a_record_tells_what_the_agent_looked_at_does_itself(tmp_path, monkeypatch):
+    own = {"return": 0.5, "success": 1.0, "cpu_seconds": 9.0}
+    (tmp_path / "run").mkdir()
+    records.write_json(str(tmp_path / "run" / "summary.json"), {**own, "steps": 8})
+    monkeypatch.setitem(claims.KINDS, "transfer", lambda job, folder: {"transfer": {}})
+    options = claims.parse(["--out", str(tmp_path), "--work", str(tmp_path)])
+    job = {"name": "it", "kind": "transfer", "arguments": {"run": "run"}}
+    claims.work(json.dumps(job), options)
+    assert records.read_record(str(tmp_path / "runs" / "it.json"))["agent"] == own
 
 
 def test_a_job_that_fails_is_named_and_the_others_go_on(tmp_path, capfd, monkeypatch):
