@@ -60,8 +60,8 @@ class EnvError(ValueError):
     """What this module refuses. One line says what was wrong and what would be right."""
 
 
-def known(kind, name, names):
-    """Return `name` if it is one of the names; else refuse it, and suggest the nearest."""
+def one_of(kind, name, names):
+    """Return the name if it is one of the names. Raises EnvError, and suggests the nearest."""
     if isinstance(name, str) and name in names:
         return name
     near = difflib.get_close_matches(str(name), list(names), n=1)
@@ -362,7 +362,7 @@ class Overcooked(_Env):
     def __init__(self, task="tomato-salad", gamma=0.99, max_steps=200, view=VIEW,
                  chop_reward=CHOP_REWARD):
         """Build the kitchen of a task; see OPTIONS. EnvError: a name or a value is wrong."""
-        recipe = OVERCOOKED_TASKS[known("overcooked task", task, OVERCOOKED_TASKS)]
+        recipe = OVERCOOKED_TASKS[one_of("overcooked task", task, OVERCOOKED_TASKS)]
         _require(_is_number(view, int) and view >= 1, "view", view, "a positive integer")
         finite = _is_number(chop_reward) and abs(chop_reward) < float("inf")
         _require(finite, "chop_reward", chop_reward, "a finite number")
@@ -826,7 +826,7 @@ class VirtualHome(_Env):
     def __init__(self, task="food-preparation", food=None, appliance=None, gamma=0.95,
                  max_steps=50, mask=True):
         """Build the home of a task; see OPTIONS. EnvError: a name or a value is wrong."""
-        chore = HOME_TASKS[known("virtualhome task", task, HOME_TASKS)]
+        chore = HOME_TASKS[one_of("virtualhome task", task, HOME_TASKS)]
         _require(isinstance(mask, bool), "mask", mask, "True or False")
         self.kind = chore.kind
         self.mask = mask
@@ -1007,11 +1007,11 @@ def make(name, task=None, **options):
     Overcooked also takes view= and chop_reward=, VirtualHome takes food=, appliance= and mask=.
     EnvError: a name is unknown, or an option's value is wrong.
     """
-    environment = ENVIRONMENTS[known("environment", name, ENVIRONMENTS)]
+    environment = ENVIRONMENTS[one_of("environment", name, ENVIRONMENTS)]
     accepted = list(inspect.signature(environment).parameters)
     accepted.remove("task")
     for option in options:
-        known(f"{name} option", option, accepted)
+        one_of(f"{name} option", option, accepted)
     return environment(TASKS[name][0] if task is None else task, **options)
 
 

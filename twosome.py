@@ -338,9 +338,9 @@ class Agent:
     def features(self, prompts):
         """Return last_hidden of each prompt: float32 [B, H]. Remember it; forget the oldest.
 
-        Each prompt goes through the LLM alone: so the bits do not depend on what else is in a
-        batch, and all processes read the same. One process on a GPU reads many at once, which
-        takes no longer.
+        Each prompt goes through the LLM alone: so the bits depend neither on what else is in a
+        batch nor on which process read it. One process on a GPU reads many at once, which takes no
+        longer. The memory lies on the CPU, for a process cannot read another one's GPU.
         """
         size = 1 if self.model.device.type == "cpu" or processes.place()[1] > 1 else 64
         rows = torch.stack(remember(self.known, prompts, self.last_hidden, size))

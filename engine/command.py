@@ -61,15 +61,16 @@ FLAGS = runs.read_json(os.path.join(HERE, "flags.json"))
 def preset(name, env, task):
     """Return what a preset gives to a task, {field: value}: later rows of its table win.
 
-    The tables and their sources are in presets.json; "hub" is another name of smollm2's.
+    The tables and their sources are in presets.json; "hub" is another name of smollm2's. Raises
+    EnvError for an unknown name.
     """
     presets = runs.read_json(os.path.join(HERE, "presets.json"))
-    table = presets[envs.known("preset", "smollm2" if name == "hub" else name, presets)]
+    table = presets[envs.one_of("preset", "smollm2" if name == "hub" else name, presets)]
     return {**table["all"], **table.get(env, {}), **table.get(task, {})}
 
 
 def check(config):
-    """Return the Config. Raises PPOError for a setting that cannot work."""
+    """Return the Config. Raises PPOError or EnvError for a setting that cannot work."""
     rules = {name: rule for group in FLAGS.values() for name, rule in group.items()}
     for field in dataclasses.fields(config):
         name, value, rule = field.name, getattr(config, field.name), rules[field.name]
@@ -77,7 +78,7 @@ def check(config):
         if field.type is not str and not least <= value <= most:
             raise ppo.PPOError(f"{name} is {value!s:.20}; it must be between {least} and {most}")
         if "choices" in rule and value != field.default:
-            envs.known(name, value, rule["choices"])
+            envs.one_of(name, value, rule["choices"])
     config.validate()
     return config
 
@@ -155,7 +156,7 @@ def tasks_named(env=None, task=None, several=False):
         return [(name, each) for name, tasks in envs.TASKS.items() for each in tasks
                 if env in (None, name)]
     owners = {each: name for name, tasks in envs.TASKS.items() for each in tasks}
-    env = env or (owners[envs.known("task", task, owners)] if task else "overcooked")
+    env = env or (owners[envs.one_of("task", task, owners)] if task else "overcooked")
     return [(env, envs.make(env, task=task or None).task)]
 
 

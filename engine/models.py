@@ -31,8 +31,8 @@ from engine.trie import token_log_probs, unwrapped
 # Published scripts: LoRA on the query and value projections. Our choice: the fused projection where
 # an architecture has one. The first row whose layers the text model all has is taken.
 LORA_TARGETS = ("q_proj,v_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv")
-# Whether this processor multiplies bfloat16 itself. Others emulate it, which is slow.
-NATIVE = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+# What multiplies bfloat16 in this processor. Where it has neither, emulation is slow.
+NATIVE = [x for x in ("avx512_bf16", "amx_bf16") if torch.cpu.get_capabilities().get(x)]
 # In half precision every new shape of a tree makes new kernels, and oneDNN keeps 1,024 of them,
 # hundreds of megabytes in a long run. With 64 nothing is slower (measured).
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")

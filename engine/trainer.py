@@ -2,7 +2,7 @@
 
 `Trainer` is ppo.PPO with a few methods overridden:
 
-    rollout            gather the rollouts of several processes into one, and what they read for it
+    rollout            gather the rollouts of several processes into one
     log_probs          score a share of what the environments of all processes show
     hold               take a share of the texts on which the policy is held to its beginning
     policy_gradient    take a share of a minibatch, in parts, and add up the gradients
@@ -13,8 +13,9 @@ With one process and gradient_accumulation 1 it computes exactly what ppo.PPO co
 scores equal items once, as twosome.Agent does. Several processes step a share of the environments
 each. They also score a share of the distinct items each, in acting and in every minibatch. So an
 item must be a value, as a tuple of texts is: it can be hashed and pickled, and its copy is equal to
-it. Every process does everything else alike, the critic's steps included, because sending the
-gradient of a small MLP takes longer than computing it.
+it. If an agent has a dict `known` of what its critic has read, as twosome.Agent does, processes
+exchange what is new in it. Every process does everything else alike, the critic's steps included,
+because sending the gradient of a small MLP takes longer than computing it.
 """
 import dataclasses
 import sys
@@ -64,7 +65,7 @@ class Trainer(ppo.PPO):
         known = getattr(self.agent, "known", {})
         before = {*known}
         parts = [vars(part).values() for part in gather(super().rollout())]
-        # What the critic has read of new prompts in one process serves all of them.
+        # Each process has read what its own environments show; the update asks for all of it.
         for theirs in gather({key: known[key] for key in known if key not in before}):
             known.update(theirs)
         items, *columns = zip(*parts, strict=True)

@@ -169,16 +169,17 @@ def vector(job):
     make = functools.partial(envs.make, env, task=task)
     transformers.set_seed(job["seed"])
     torch.set_num_threads(1)
+    foreign = "chop_reward" in told  # it learns from another reward than ours
 
     def world():
-        """Return a world to learn in; the published form's also counts what we would reward."""
-        found = make(**told, **masked)
-        return Twin(found, make(**counted)) if told else found
+        """Return a world to learn in. A second one, for our reward, is played where it must be."""
+        learnt_in = make(**told, **masked)
+        return Twin(learnt_in, make(**counted)) if foreign else learnt_in
 
     learner = ppo.PPO(world, Vector(make()), config, job["seed"])
     gamma = make().gamma
-    if told:
-        learner.episodes = OurEpisodes(learner.envs, gamma)
+    learner.episodes = (OurEpisodes(learner.envs, gamma) if foreign
+                        else ppo.Episodes(config.num_envs, gamma))
 
     def measured():
         """Play the policy as it stands, under our reward."""
@@ -490,10 +491,11 @@ class HeadRandom(twosome.Agent):
 
 @torch.no_grad()
 def hidden_one_by_one(model, tokenizer, prompts):
-    """Return the hidden state of each prompt's last token, the model as it is: float32 [B, H]."""
+    """Return the hidden states of the prompts' last tokens, the model as it is: as last_hidden."""
     decoder = twosome.models.text_model(model)
     rows = [torch.tensor([ids], device=model.device) for ids in twosome.encode(tokenizer, prompts)]
-    return torch.stack([decoder(input_ids=row, use_cache=False)[0][0, -1].float() for row in rows])
+    states = [decoder(input_ids=row, use_cache=False)[0][0, -1] for row in rows]
+    return torch.stack(states).float().cpu()
 
 
 class CriticAdapted(twosome.Agent):

