@@ -249,7 +249,8 @@ def results_on(found, model, source, task):
         return [*own.values()]
     # Take the agents that were played elsewhere: a run that was trained anew on another machine is
     # not the one of the table of learning. Older records do not tell; there the two are the same.
-    return [record.get("agent") or own[record["arguments"]["seed"]] for record in records]
+    agents = [record.get("agent") or own.get(record["arguments"]["seed"]) for record in records]
+    return [agent for agent in agents if agent]
 
 
 def mean_played(results):
