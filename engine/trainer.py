@@ -62,7 +62,7 @@ class Trainer(ppo.PPO):
     def rollout(self):
         """Act, and join the rollouts of all processes, environments side by side."""
         self.scores = {}  # the policy has moved since the last rollout
-        known = getattr(self.agent, "known", {})
+        known = getattr(self.agent, "known", {}) if self.world > 1 else {}
         before = {*known}
         parts = [vars(part).values() for part in gather(super().rollout())]
         # Each process has read what its own environments show; the update asks for all of it.

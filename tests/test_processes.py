@@ -233,8 +233,8 @@ def read_in_an_iteration(arguments):
 def test_what_one_process_has_scored_or_read_no_other_does_again(start):
     both = start([*SMALL, "--task", "tomato-lettuce-salad"], 2, read_in_an_iteration).finish()
     assert [code for code, _, _ in both] == [0, 0], both
-    (one, again, met), (other, too, known) = (json.loads(said) for _, said, _ in both)
-    assert met == known and sorted([*one, *other]) == met  # each once
+    (one, again, met), (other, too, met_there) = (json.loads(said) for _, said, _ in both)
+    assert met == met_there and sorted([*one, *other]) == met  # each once
     assert again == too == []
     assert min(len(one), len(other)) > 0.3 * len(met)
 
