@@ -36,6 +36,9 @@ if __name__ == "__main__":
     # Let Ctrl-C end the program at once, without a traceback, while it imports or loads; while it
     # trains, runs.Signals listens.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Threads that wait spinning slow each other tenfold and more where another program wants a core.
+    # PyTorch reads this when it is imported; asleep, they cost nothing that could be measured.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if os.stat(".").st_nlink == 0:  # PyTorch's libraries do not load there
         sys.exit("twosome.py: the current folder was removed; change to another")
 
@@ -186,8 +189,7 @@ def policy(token_log_probs, tails, seams, phrases, normalization):
     joint = token_log_probs.sum(-1)  # [A] log P(a_k | d), equation 2
     seam = torch.zeros_like(joint)
     if any(seams):
-        parts = [row[:length] for row, length in zip(token_log_probs, seams, strict=True)]
-        seam = torch.stack([part.sum() for part in parts])  # [A]
+        seam = torch.stack([row[:n].sum() for row, n in zip(token_log_probs, seams, strict=True)])
         joint = joint - seam
     tokens = [len(tail) - length for tail, length in zip(tails, seams, strict=True)]
     words = [len(phrase.split()) for phrase in phrases]

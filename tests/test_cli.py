@@ -167,6 +167,16 @@ def test_a_removed_current_folder_is_one_line(tmp_path):
     assert done.returncode == 1 and "folder was removed" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize(("given", "taken"), [
+    ({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_wait_asleep_unless_the_user_says_otherwise(given, taken):
+    """The OpenMP that PyTorch brings tells what it took. Another program may want the cores."""
+    usual = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    done = subprocess.run([sys.executable, PROGRAM, "--help"], capture_output=True, text=True,
+                          env={**usual, **given, "OMP_DISPLAY_ENV": "true"})
+    assert f"OMP_WAIT_POLICY = '{taken}'" in done.stderr
+
+
 def test_a_folder_that_holds_a_run_is_left_alone(finished, capfd):
     folder = finished[0]
     before = {name: os.stat(os.path.join(folder, name)).st_mtime_ns for name in os.listdir(folder)}
