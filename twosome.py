@@ -36,7 +36,7 @@ if __name__ == "__main__":
     # Let Ctrl-C end the program at once, without a traceback, while it imports or loads; while it
     # trains, runs.Signals listens.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # Threads that wait spinning slow each other tenfold and more where another program wants a core.
+    # Threads that wait spinning slow each other tenfold where another program wants a core.
     # PyTorch reads this when it is imported; asleep, they cost nothing that could be measured.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if os.stat(".").st_nlink == 0:  # PyTorch's libraries do not load there
