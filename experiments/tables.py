@@ -737,7 +737,9 @@ def efficient(found, model):
     text, verdict = count_of(sorted(judged, key=lambda pair: pair[0]))
     if others:
         more, second = count_of(others)
-        text += f"; beside them, of what does not learn, {more}"
+        held, *names = text.split("; ")
+        more, *others = more.split("; ")
+        text = "; ".join([f"{held} that learn, {more} that do not", *names, *others])
         verdict = min(verdict, second, key=("no", "open", "yes").index)
     if judged and missing:
         text += f"; not measured everywhere: {', '.join(sorted(missing))}"
