@@ -36,8 +36,8 @@ if __name__ == "__main__":
     # Let Ctrl-C end the program at once, without a traceback, while it imports or loads; while it
     # trains, runs.Signals listens.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # Threads that wait spinning slow each other tenfold where another program wants a core.
-    # PyTorch reads this when it is imported; asleep, they cost nothing that could be measured.
+    # Let OpenMP's threads sleep while they wait. By default they spin, and two runs on two cores
+    # then slow each other many times over. It is read when PyTorch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if os.stat(".").st_nlink == 0:  # PyTorch's libraries do not load there
         sys.exit("twosome.py: the current folder was removed; change to another")

@@ -667,10 +667,17 @@ def tuning_table(found, model):
         task = run["arguments"]["task"]
         setting = run["name"].removeprefix("ppo-tuning-").split(f"-{task}-")[0]
         rows.setdefault(setting, {}).setdefault(task, []).append(run)
-    return header, [[setting, *(cell for task in TASKS for cell in (
-        given(ways(found, task, tasks[task])[0].mean() if task in tasks else None, ",.0f"),
-        plus_minus(returns(tasks.get(task, [])))))]
-        for setting, tasks in rows.items()]
+
+    def cells(task, runs):
+        """Return the mean steps of a setting's runs on a task, and their return."""
+        if not runs:
+            return "-", "-"
+        steps, _, there = ways(found, task, runs)
+        return "≥ " * (not there.all()) + f"{steps.mean():,.0f}", plus_minus(returns(runs))
+
+    return header, [
+        [setting, *(cell for task in TASKS for cell in cells(task, by_task.get(task, ())))]
+        for setting, by_task in rows.items()]
 
 
 # -----------------------------------------------------------------------------
