@@ -25,11 +25,10 @@ This file imports nothing of the project and knows no language model. An agent i
     values(items) -> [B]                 V of each item, float32; gradients to the critic alone
     policy_parameters(), value_parameters()
     policy_changed()                     called after every step of the policy
-    drift(turn, part) -> scalar          for Config.base_kl alone: how far the policy has moved from
-                                         its beginning, in nats, with gradients; turn tells one call
-                                         of an update from the next, part is a slice of the two
-                                         texts (or halves) that it is measured on; the drifts of
-                                         parts add up to the whole
+    drift(turn, part) -> scalar          for Config.base_kl alone: the KL from the policy's
+                                         beginning, in nats, with gradients. It is measured on two
+                                         texts, which `turn` selects; `part` is a slice of the two,
+                                         and the drifts of the slices add up to that of both
 
 Our deliberate differences from the published code: a time limit is a truncation, not an end; the
 advantages are normalised over the whole rollout, with a floor under their deviation; policy and

@@ -19,7 +19,8 @@
     python twosome.py --help
 
 Read this file from top to bottom; sections 4.1 and 4.2 can be copied together with engine/trie.py
-alone. Nothing in engine/ changes a result: it makes the same results fast, safe and distributed.
+alone. engine/ makes the same results fast, safe and distributed. Apart from each task's settings
+(presets.json) and the texts of the penalty (models.own_texts), nothing in it changes a result.
 
 Our deliberate differences: the phrase is scored together with the space before it; the critic's
 last layer starts at zero; the LoRA weights are float32 whatever the base is in; a penalty holds the

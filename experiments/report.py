@@ -142,7 +142,7 @@ def draw_task(panel, found, model, task, axis):
     panel.axhline(best, color="black", linewidth=0.8, linestyle="--", label="best possible")
     # A method that does not learn is a horizontal line. Of SayCan-style, it is the best result with
     # TWOSOME's own mask.
-    known = tables.plays(found, model, task)
+    known = tables.untrained_rivals(found, model, task)
     flat = {"untrained LLM": known.pop("the untrained LLM", None), "random": chance}
     flat["SayCan-style"] = max(known.values(), key=lambda result: result["return"], default=None)
     for label, result in flat.items():

@@ -340,8 +340,8 @@ def test_the_tables_say_what_was_stored(invented):
     assert both["PPO, equal"][better] == "1.000 (1.000 to 1.000)"
     judged = {row["claim"]: row for row in rows_of(invented, "claims-pocket_lm")}
     first = judged[next(iter(tables.CLAIMS))]
-    assert first["holds in"] == ("4 of 4; not measured everywhere: PPO, tuned,"
-                                 " TWOSOME, random weights")
+    assert first["holds in"] == ("4 of 4; not measured everywhere: PPO, published, PPO, tuned,"
+                                 " SayCan-style, TWOSOME, random weights")
     assert first["holds"] == "yes, so far"
     assert len(rows_of(invented, "learning")) == 24
 
@@ -411,10 +411,37 @@ def test_a_first_perfect_episode_is_not_ninety_per_cent_of_the_way():
 def test_a_verdict_says_what_the_intervals_leave_open():
     assert tables.above(0.1, 0.2) is True and tables.above(-0.2, -0.1) is False
     assert tables.above(-0.1, 0.2) is None
-    assert tables.count_of([("a", True), ("b", None)]) == ("1 of 2; open b", "open")
-    assert tables.count_of([("a", np.False_), ("b", None)]) == ("0 of 2; not a; open b", "no")
-    assert tables.count_of([("a", np.True_)]) == ("1 of 1", "yes")
+    assert tables.verdict_of([("a", True), ("b", None)]) == ("1 of 2; open b", "open")
+    assert tables.verdict_of([("a", np.False_), ("b", None)]) == ("0 of 2; not a; open b", "no")
+    assert tables.verdict_of([("a", np.True_)]) == ("1 of 1", "yes")
+    assert tables.verdict_of([("a", np.True_)], expected=2) == ("1 of 1", "yes, so far")
     assert tables.difference((1.0, 0.3), (0.5, 0.4)) == pytest.approx((0.0, 1.0))
+
+
+@pytest.mark.parametrize(("interval", "verdict"), [
+    ((-1.0, 1.9), "yes, so far"), ((1.9, 2.1), "open, so far"), ((2.1, 2.3), "no, so far"),
+    ((-2.1, -1.9), "open, so far"), ((-2.3, -2.1), "no, so far"), ((-3.0, 3.0), "open, so far")])
+def test_a_perplexity_is_kept_if_the_interval_of_its_change_says_so(interval, verdict):
+    record = {"kind": "retention", "own": {"trained": {"change_interval": interval}},
+              "arguments": {"model": "pocket_lm", "norm": "word", "task": "cheese", "seed": 1}}
+    assert tables.keeps([record], "pocket_lm")[1] == verdict
+
+
+def test_an_untrained_rival_is_counted_once():
+    played = {"return": 0.5, "success": 0.6}
+    asked = {"model": "pocket_lm", "norm": "word", "task": "tomato-salad"}
+    results = {f"{norm}, {kind}": played for norm in ("word", "sum")
+               for kind in ("admissible, sampled", "admissible, greedy", "value, greedy")}
+    found = [{"kind": "untrained", "arguments": asked, "result": played},
+             {"kind": "saycan", "arguments": asked, "results": results}]
+    assert [*tables.untrained_rivals(found, "pocket_lm", "tomato-salad")] == [
+        "the untrained LLM", "SayCan-style (word, admissible, greedy)",
+        "SayCan-style (sum, admissible, sampled)", "SayCan-style (sum, admissible, greedy)"]
+
+
+def test_the_unseen_tests_are_the_papers_eight_and_all_other_pairs():
+    assert len(tables.FIGURE_6) == 8 and len(tables.PAIRS) == 4 * 14
+    assert {*tables.FIGURE_6} < {*tables.PAIRS}
 
 
 def test_the_same_results_give_the_same_files(invented, tmp_path):
@@ -818,11 +845,11 @@ def test_only_tasks_that_the_base_can_do_count_and_their_answers_are_paired():
     found = [{"ability": facts}, {"ability": same}]
     assert tables.judged_tasks(found) == {"easy": True, "hard": False}
     # Two questions in a hundred were lost, by one of two seeds.
-    mean, half = tables.kept(found, ["easy"], "trained")
+    mean, half = tables.points_gained(found, ["easy"], "trained")
     assert mean == pytest.approx(-1)
     assert half == pytest.approx(100 * 1.96 * (0.02 * 0.98 / 99) ** 0.5 / 2)
-    assert tables.kept(found, ["hard"], "trained")[0] == pytest.approx(25)
-    assert tables.kept(found, ["easy", "hard"], "trained")[0] == pytest.approx(12)
+    assert tables.points_gained(found, ["hard"], "trained")[0] == pytest.approx(25)
+    assert tables.points_gained(found, ["easy", "hard"], "trained")[0] == pytest.approx(12)
 
     for record in found:
         record |= {"name": "ability", "kind": "ability",
