@@ -112,7 +112,7 @@ START = {"num_envs": 8, "rollout_steps": 32, "minibatch": 64, "rate": 3e-3}
 TUNED = {
     "tomato-salad": {**START, "rollout_steps": 16, "minibatch": 32},
     "tomato-lettuce-salad": {**START, "entropy": 0.0},
-    "food-preparation": {**START, "rate": 1e-3},
+    "food-preparation": {**START, "epochs": 2},
     "entertainment": {**START, "epochs": 8}}
 AGAIN = {
     "tomato-salad": ("epochs-8", "0.003-8x16", "entropy-0.03", "0.001-8x16", "epochs-2"),
