@@ -6,9 +6,11 @@
 
 Eight multiple-choice tasks were fixed before anything was measured. Their questions are read from
 the package's archive and asked through lm-evaluation-harness, with task files of our own over
-local data (--files FOLDER keeps them), in BIG-bench's own form, without examples. Each question is
-asked of the LLM as it came (base), with the adapter (trained), and with the adapter added into the
-weights (merged). The harness asks for the log-probability of each choice; our trie gives it.
+local data (--files FOLDER keeps them). They are asked as the harness asks ARC and HellaSwag:
+without examples, without a list of the choices, and what counts is the log-probability of each
+choice over its length (acc_norm). Each question is asked of the LLM as it came (base), with the
+adapter (trained), and with the adapter added into the weights (merged). Our trie gives the
+probabilities.
 """
 import argparse
 import contextlib
@@ -68,10 +70,10 @@ def read_tasks(archive, names=TASKS):
 
 
 def questions(task, limit):
-    """Yield at most `limit` of a task, in BIG-bench's own form: {query, choices, gold}.
+    """Yield at most `limit` of a task: {query, choices, gold}.
 
-    Where a task shows its choices, they are shuffled, as BIG-bench does: some files list the right
-    one last.
+    Our choice, made on the base alone: no choices in the query, and acc_norm. With the list of
+    choices that BIG-bench appends, and acc, SmolLM2 was better than chance in one task of eight.
     """
     examples = [each for each in task["examples"] if len(each.get("target_scores", ())) > 1]
     if len(examples) > limit:
@@ -79,10 +81,6 @@ def questions(task, limit):
     for example in examples:
         scores = example["target_scores"]
         query = task.get("example_input_prefix", "\nQ: ") + example["input"]
-        if task.get("append_choices_to_input", True):
-            shown = sorted(scores)
-            random.Random(example["input"]).shuffle(shown)
-            query += "".join(task.get("choice_prefix", "\n  choice: ") + choice for choice in shown)
         query += task.get("example_output_prefix", "\nA: ").rstrip()
         choices = [choice.strip() for choice in scores]
         yield {"query": task.get("task_prefix", "") + query.lstrip("\n"), "choices": choices,
@@ -103,7 +101,7 @@ def write_files(tasks, folder, limit):
                        "output_type": "multiple_choice", "num_fewshot": 0,
                        "doc_to_text": "{{query}}", "doc_to_choice": "{{choices}}",
                        "doc_to_target": "gold", "target_delimiter": " ",
-                       "metric_list": [{"metric": "acc", "aggregation": "mean",
+                       "metric_list": [{"metric": "acc_norm", "aggregation": "mean",
                                         "higher_is_better": True}]},
                       file, indent=1)  # JSON is YAML too
     return names
@@ -120,10 +118,12 @@ def log_probs(model, pairs):
     for query, choice in pairs:
         choices.setdefault(query, {})[choice] = None
     scores = {}
-    for query, tails in choices.items():
-        [found] = trie.token_log_probs(model, [(query, tuple(tails))])  # [A, T]
-        for tail, score in zip(tails, found.sum(1).tolist(), strict=True):
-            scores[query, tail] = score
+    with twosome.command.bar(len(choices), "question") as progress:
+        for query, tails in choices.items():
+            [found] = trie.token_log_probs(model, [(query, tuple(tails))])  # [A, T]
+            for tail, score in zip(tails, found.sum(1).tolist(), strict=True):
+                scores[query, tail] = score
+            progress.update()
     return [scores[pair] for pair in pairs]
 
 
@@ -194,7 +194,7 @@ def measure(run, tasks, limit=None, folder=None):
                     task_manager=manager, log_samples=True, bootstrap_iters=0)
             for task, label in names.items():
                 samples = sorted(found["samples"][label], key=lambda sample: sample["doc_id"])
-                facts[task][name] = "".join(str(int(sample["acc"])) for sample in samples)
+                facts[task][name] = "".join(str(int(sample["acc_norm"])) for sample in samples)
                 facts[task]["chance"] = float(np.mean([1 / len(sample["doc"]["choices"])
                                                        for sample in samples]))
     return {"ability": facts}

@@ -781,23 +781,14 @@ LEGS = {"examples": [{"input": "How many legs has a horse?",
                       "target_scores": {"two": 0, "four ": 1, "six": 0}}]}
 
 
-def test_a_question_has_the_form_of_big_bench():
+def test_a_question_has_big_benchs_own_words_but_no_choices():
     [question] = ability.questions(LEGS, 5)
-    assert (question["choices"], question["gold"]) == (["two", "four", "six"], 1)
-    first, *shown, last = question["query"].split("\n")
-    assert (first, last) == ("Q: How many legs has a horse?", "A:")
-    assert sorted(line.strip() for line in shown) == ["choice: four", "choice: six", "choice: two"]
-    plain = LEGS | {"append_choices_to_input": False, "task_prefix": "Count.\n\n",
-                    "example_input_prefix": "", "example_output_prefix": "\nLegs: "}
-    [question] = ability.questions(plain, 5)
+    assert question == {"query": "Q: How many legs has a horse?\nA:",
+                        "choices": ["two", "four", "six"], "gold": 1}
+    other = LEGS | {"task_prefix": "Count.\n\n", "example_input_prefix": "",
+                    "example_output_prefix": "\nLegs: "}
+    [question] = ability.questions(other, 5)
     assert question["query"] == "Count.\n\nHow many legs has a horse?\nLegs:"
-
-
-def test_the_order_shown_tells_nothing_of_the_answer():
-    scores = {"a": 0, "b": 0, "c": 1}
-    task = {"examples": [{"input": str(n), "target_scores": scores} for n in range(300)]}
-    last = [question["query"].split()[-2] for question in ability.questions(task, 300)]
-    assert all(80 < last.count(choice) < 120 for choice in scores)
 
 
 def test_the_same_questions_are_drawn_each_time():
