@@ -37,7 +37,7 @@ class Config(trainer.Config):
     """One run: what is learnt, by which model, and PPO's settings."""
 
     env: str = "overcooked"  # overcooked, virtualhome, or MODULE:CLASS
-    task: str = ""  # its task; empty: its first one
+    task: str = ""  # its task (see below), which also finds env
     env_args: str = ""  # options of the world: key=value,key=value
     model: str = "pocket_lm"  # pocket_lm, smollm2, folder, hub name, .gguf
     norm: str = "word"  # normalisation (section 4.2): word, token, sum
@@ -104,7 +104,8 @@ def parser():
     texts = dict(re.findall(r"^    (\w+): \w+ = .*  # (.*)$", sources, re.MULTILINE))
     made = Parser(usage="python twosome.py [FLAGS]", allow_abbrev=False, add_help=False,
                   description="TWOSOME: align an LLM with an embodied world through PPO.",
-                  epilog="In brackets: the default. A preset sets its own for each task.",
+                  epilog="In brackets: the default. A preset sets its own for each task. Tasks: "
+                         + ", ".join(task for _, task in tasks_named(task="all", several=True)),
                   formatter_class=lambda prog: argparse.HelpFormatter(prog, 2, 25, 80))
     made.register("type", "float", float)  # as flags.json calls it
     for title, flags in FLAGS.items():
@@ -309,7 +310,11 @@ def explained(error):
 
 
 def write_evaluation(options, results):
-    """Write an evaluation as JSON: into the run's folder, or the file that --out names."""
+    """Write an evaluation as JSON: into the run's folder, or the file that --out names.
+
+    A run's file keeps what was measured before on other tasks.
+    """
     if path := options.out or options.folder and os.path.join(options.folder, "evaluation.json"):
-        runs.write(path, results)
+        earlier = {} if options.out or not os.path.exists(path) else runs.read_json(path)
+        runs.write(path, earlier | results)
         say(f"-> {path}")

@@ -116,7 +116,7 @@ class Report(contextlib.ExitStack):
         processes.leave()
         if self.first:
             draw_curve(self.run)
-            say(f"stopped after update {self.trainer.updates} of {self.trainer.total_updates};"
+            say(f"\nstopped after update {self.trainer.updates} of {self.trainer.total_updates};"
                 f" go on with: {runs.again(self.run.folder, self.config.env)}")
         return code
 

@@ -321,6 +321,11 @@ def test_an_evaluation_prints_the_untrained_llm_beside_the_run(finished, capfd):
     assert untrained.startswith("cheese, untrained") and trained.startswith("cheese, trained")
     written = read_json(finished[0], "evaluation.json")["virtualhome/cheese"]
     assert set(written) == {"untrained", "trained"} and written["trained"]["episodes"] == 5
+    # What is measured later on another task stands beside it.
+    assert twosome.main(["--eval", finished[0], "--task", "pizza", "--episodes", "5"]) == 0
+    both = read_json(finished[0], "evaluation.json")
+    assert both["virtualhome/cheese"] == written and "virtualhome/pizza" in both
+    capfd.readouterr()
 
 
 def test_an_evaluation_without_a_run_is_the_untrained_llms(capfd, tmp_path):
