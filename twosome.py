@@ -431,21 +431,21 @@ def train(config, run, agent, make_env, which="last"):
     trainer = Trainer(make_env, agent, config, config.seed)
     if run.resumed:
         run.restore(agent, trainer, which)
-    report = watch.Report(config, run, trainer, make_env)
+    report, stop = watch.Report(config, run, trainer, make_env), 0
     with runs.Signals(quiet=trainer.rank > 0) as signals:
         report.begin(agent)
         with report:
             while trainer.updates < trainer.total_updates:
-                report.log(trainer.iterate())  # rollout, advantages, update: ppo.PPO
+                report.log(trainer.iterate())  # rollout and update: ppo.PPO
                 # A signal may reach one process alone, but all must stop at the same update.
                 stop = max(processes.gather(signals.exit_code))
                 done = trainer.updates == trainer.total_updates
                 if trainer.updates % config.checkpoint_every == 0 or done or stop:
                     report.checkpoint(agent)
                 if stop:
-                    return report.stopped(stop)
+                    break
         processes.leave()
-        return report.finish(agent)
+        return report.stopped(stop) if stop else report.finish(agent)
 
 
 def evaluate(config, options, agent):
@@ -498,7 +498,7 @@ def dispatch(argv, gate):
         return 0  # one process is enough for these
     if options.resume is not None:
         gate.run = None if rank else runs.Run(options.resume)
-    agent, make_env = build(config)  # before a folder is made: what cannot be built leaves none
+    agent, make_env = build(config)  # before a folder is made: bad input leaves none
     if options.tokens:
         return command.show_tokens(token_table(agent, options.prompt, options.tokens), options)
     if options.folder:

@@ -153,10 +153,9 @@ def tasks_named(env=None, task=None, several=False):
     """
     if env and (":" in env or env.endswith(".py")):
         return [(env, task or re.split(r"[:/.]", env)[-1])]
-    if task == "all" and several:
-        return [(name, each) for name, tasks in envs.TASKS.items() for each in tasks
-                if env in (None, name)]
     owners = {each: name for name, tasks in envs.TASKS.items() for each in tasks}
+    if task == "all" and several:
+        return [(name, each) for each, name in owners.items() if env in (None, name)]
     env = env or (owners[envs.one_of("task", task, owners)] if task else "overcooked")
     return [(env, envs.make(env, task=task or None).task)]
 

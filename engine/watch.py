@@ -24,7 +24,7 @@ import torch
 
 import envs
 import ppo
-from engine import command, models, processes, runs, worlds
+from engine import command, models, runs, worlds
 from engine.command import COLUMNS, clean, escape, evaluation_line, measure, say, title
 
 # -----------------------------------------------------------------------------
@@ -113,10 +113,9 @@ class Report(contextlib.ExitStack):
 
     def stopped(self, code):
         """Say how to go on after a signal. Returns the exit code."""
-        processes.leave()
         if self.first:
             draw_curve(self.run)
-            say(f"\nstopped after update {self.trainer.updates} of {self.trainer.total_updates};"
+            say(f"stopped after update {self.trainer.updates} of {self.trainer.total_updates};"
                 f" go on with: {runs.again(self.run.folder, self.config.env)}")
         return code
 
