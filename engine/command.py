@@ -93,7 +93,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         """Name the nearest flag where one was mistyped."""
         flag = re.search(r"unrecognized arguments: (--[\w-]+)", message)
-        near = difflib.get_close_matches(flag[1], self._option_string_actions, 1) if flag else None
+        near = flag and difflib.get_close_matches(flag[1], self._option_string_actions, 1, 0.67)
         hint = f"; did you mean {near[0]}?" if near else "; --help lists every flag"
         raise ppo.PPOError(message[:200] + hint)
 
