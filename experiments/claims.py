@@ -15,8 +15,8 @@ stopped goes on where it was, on another machine as well. The runs themselves li
 where one is missing that a job looks at (transfer, reworded, retention, ability), it is trained
 anew.
 
-A job of kind learn is the README's own command, `python twosome.py --env E --task T ...`. All
-settings were chosen on seeds above 100; the seeds reported here are 1 to 5, of FrozenLake 1 to 10.
+A job of kind learn is the README's own command, `python twosome.py --env E --task T ...`. How the
+settings were chosen is told in jobs.py; the seeds reported here are 1 to 5, of FrozenLake 1 to 10.
 """
 import argparse
 import collections

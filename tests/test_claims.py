@@ -56,7 +56,7 @@ def test_the_probability_of_improvement_counts_pairs_and_half_a_tie():
 
 
 def test_the_bootstrap_draws_seeds_within_each_task():
-    sample = [np.array([0.0, 1.0]), np.array([10.0, 10.0])]
+    sample = [np.array([0.0, 1.0, 0.0, 1.0]), np.array([10.0] * 4)]
     low, high = tables.bootstrap(lambda tasks: np.mean([task.mean() for task in tasks]), sample)
     assert (low, high) == (5.0, 5.5)
 
@@ -361,7 +361,7 @@ def test_what_holding_gives_is_told_beside_the_same_agents_without_it(invented):
                 "model": "pocket_lm", "norm": "word", "task": "tomato-salad", "seed": seed,
                 **variant}})
     header, rows = tables.holding_table(found, "pocket_lm")
-    held, free = (dict(zip(header, row, strict=True)) for row in rows)
+    held, free, *_ = (dict(zip(header, row, strict=True)) for row in rows)
     elsewhere = "return on the 14 unseen tasks (untrained LLM)"
     assert (held["policy"], held[elsewhere].split(" ")[0]) == ("held", "0.200")
     assert (free["policy"], free[elsewhere]) == ("not-held", "0.050 ± 0.000 (0.300)")
@@ -406,6 +406,29 @@ def test_a_first_perfect_episode_is_not_ninety_per_cent_of_the_way():
     run["curve"]["episodes"] = [100, 1, 200]
     x, mean, _ = tables.curve([run], "steps")
     assert mean[100] == pytest.approx(tables.best_return("cheese") * x[100] / 2000)
+
+
+def test_a_line_ends_where_its_run_does():
+    """Too few episodes for a point: the evaluation after training stands at the end."""
+    run = invented_run("learn", "x", "cheese", 1, 1000)
+    run["curve"]["episodes"] = [100, 1, 2]
+    values, steps = tables.line(run, "steps")
+    assert (values[-1], steps[-1]) == (run["summary"]["return"], 2000)
+    run["curve"]["episodes"] = [100, 1, 200]
+    assert len(tables.line(run, "steps")[0]) == 2
+
+
+def test_two_seeds_and_a_rival_that_never_got_there_leave_open_what_they_cannot_show():
+    def took(*steps, there=True):
+        return np.array(steps), None, np.array([there] * len(steps))
+
+    ours = took(9, 10, 11)
+    assert tables.sooner(ours, took(30, 31, 32)) is True
+    assert tables.sooner(ours, took(30, 31)) is None  # two seeds
+    assert tables.sooner(ours, took(3, 4, 5)) is False
+    assert tables.sooner(ours, took(3, 4, 5, there=False)) is None
+    assert tables.sooner(ours, took(30, 31, 32, there=False)) is True
+    assert tables.sooner(took(9, 10, 11, there=False), took(30, 31, 32)) is False
 
 
 def test_a_verdict_says_what_the_intervals_leave_open():
@@ -487,8 +510,10 @@ def test_tables_and_claims_can_be_told_from_part_of_the_results(invented):
 
 def test_what_is_stored_was_measured_with_the_settings_of_today():
     """A preset that changed would leave results behind that no command makes again."""
-    options = claims.parse([])
+    options = claims.parse(["--only", *jobs.GROUPS])
+    known = {job.name: job.arguments for job in jobs.table_of_jobs(options)}
     for record in records.stored(options):
+        assert record["arguments"] == known.get(record["name"]), record["name"]
         if record["kind"] in ("learn", "quest"):
             assert claims.differing(record["arguments"], record["settings"]) == [], record["name"]
 
@@ -851,10 +876,10 @@ def test_only_tasks_that_the_base_can_do_count_and_their_answers_are_paired():
     assert [row[0] for row in rows] == ["easy", "hard", "mean of those that count"]
     assert rows[0][1:6] == ["100", "50.0%", "60.0%", "yes", f"-1.00 ± {half:.2f}"]
     assert rows[2][5] == rows[0][5]
-    # A loss within its interval is none; twenty points lost are.
-    assert tables.answers(found, "smollm2")[1] == "yes"
+    # A loss within its interval is none; twenty points lost are. Two agents are too few to end it.
+    assert tables.answers(found, "smollm2")[1] == "yes, so far"
     facts["easy"]["trained"] = same["easy"]["trained"] = "0" * 20 + "1" * 40 + "0" * 40
-    assert tables.answers(found, "smollm2")[1] == "no"
+    assert tables.answers(found, "smollm2")[1] == "no, so far"
 
 
 def test_a_side_is_the_base_the_agent_or_the_merged_one_and_leaves_nothing_behind():
