@@ -163,7 +163,7 @@ def baseline_jobs(options):
     """PPO without an LLM in three forms, and TWOSOME from random weights."""
     found = [vector_job(options, form, task, seed) for form in ("published", "equal", "tuned")
              for task in options.tasks for seed in options.seeds]
-    # Nothing holds random weights to where they began. SmolLM2 takes minutes: two tasks, three seeds.
+    # Nothing holds random weights to where they began. SmolLM2 has them on two tasks, three seeds.
     for model, task in itertools.product(options.models, options.tasks):
         flags = {"preset": model.removesuffix("_lm"), "base-kl": 0}
         seeds = {"pocket_lm": options.seeds, "smollm2": options.seeds[:3 * (task in SHORT)]}
