@@ -2,8 +2,8 @@
 
 A job has a name, a kind (a function in claims.KINDS), arguments, and the minutes that it takes of
 one core. Each part of the measurement is a function in GROUPS, which returns its jobs. Settings
-were chosen on seeds above 100, two of them after reported seeds had done badly: SmolLM2's rate in
-entertainment, and its passes, steps and minibatch in the salads of the larger kitchen.
+were chosen on seeds above 100, one of them (SmolLM2's rate in entertainment) after a reported seed
+had failed.
 """
 import dataclasses
 import itertools
