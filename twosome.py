@@ -29,6 +29,7 @@ policy to the base (Agent.drift). Those of the training are in ppo.py.
 import contextlib
 import dataclasses
 import functools
+import operator
 import os
 import signal
 import sys
@@ -43,7 +44,6 @@ if __name__ == "__main__":
     if os.stat(".").st_nlink == 0:  # PyTorch's libraries do not load there
         sys.exit("twosome.py: the current folder was removed; change to another")
 
-import numpy as np
 import torch
 import transformers
 from torch.nn.utils.rnn import pad_sequence
@@ -236,19 +236,19 @@ def observation_text(info):
     if "prompt" not in info and "state" in info:
         prompt, phrases = prompt_design.render(info["state"])
         # An empty mask means that every action may be chosen (envs.py).
-        return prompt, tuple(phrases[k] for k in info["admissible"] or range(len(phrases)))
+        return prompt, tuple(phrases[k] for k in info.get("admissible") or range(len(phrases)))
     for name in ("prompt", "actions"):
         if name not in info:
             raise trie.ScoringError(f'the environment\'s info lacks "{name}"; give info["prompt"],'
                                     ' a text, and info["actions"], a list of phrases')
     actions, admissible = info["actions"], info.get("admissible")
     if isinstance(actions, (str, bytes)) or not hasattr(actions, "__iter__"):
-        raise trie.ScoringError(f'info["actions"] is {actions!r:.60}; it must be a list of texts')
+        raise trie.ScoringError(f'info["actions"] is {actions!r:.60}; give a list of texts')
     actions = tuple(actions)
     check_text(info["prompt"], actions)
-    if admissible is not None and np.shape(admissible) not in ((0,), (len(actions),)):
+    if admissible is not None and operator.length_hint(admissible, -1) not in (0, len(actions)):
         raise trie.ScoringError(f'info["actions"] has {len(actions)} phrases; info["admissible"] is'
-                                f" {admissible!r:.60}, and needs an action for each phrase")
+                                f" {admissible!r:.60}; each phrase needs an action")
     return info["prompt"], actions
 
 

@@ -143,6 +143,7 @@ def parse(argv):
     if not options.folder or {"env", "task"} & {*given}:
         options.tasks = tasks_named(given.get("env"), given.get("task"), "eval" in modes)
         given["env"], given["task"] = options.tasks[0]
+        given |= {} if ":" in given["env"] else {"env_args": typed.get("env_args", "")}
     return (config_of(options.folder, given) if options.folder else new_config(given)), options
 
 
@@ -180,12 +181,12 @@ def config_of(folder, given, resumed=False):
     A run's folder never causes code to be imported: a world of one's own is named again.
     """
     config = runs.fill(Config, runs.read_config(folder))
-    named = given.get("env") == config.env
+    named = os.path.basename(given.get("env", "")) == os.path.basename(config.env)
     free = ("device",) if resumed else ("device", "env", "task", "episodes", "env_args", "out")
     other = [name for name in given if name not in free and not (name == "env" and named)]
     if other:
         raise ppo.PPOError(f"a run keeps its own settings; leave out --{', --'.join(other)}")
-    if ":" in config.env and not named:
+    if ":" in config.env and "env" not in given:
         raise ppo.PPOError(f"a run imports no code; add --env {runs.quote(config.env)}")
     return check(dataclasses.replace(config, **given))
 
@@ -248,11 +249,11 @@ def summarize(result):
 
 
 def measure(make_env, agent, config, greedy=False):
-    """Play config.episodes episodes under a progress bar. Returns what summarize returns."""
+    """Play config.episodes episodes under a progress bar. Returns summarize's facts, and how."""
     with bar(config.episodes, "episode", leave=False, disable=None) as shown:
-        return summarize(ppo.evaluate(
+        return {"greedy": bool(greedy), **summarize(ppo.evaluate(
             make_env, agent, config.episodes, EVALUATION_SEED, config.gamma, greedy,
-            report=lambda count: shown.update(count - shown.n)))
+            report=lambda count: shown.update(count - shown.n)))}
 
 
 def evaluation_line(name, result, best=None):

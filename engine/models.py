@@ -263,7 +263,8 @@ def add_lora(model, rank=8, alpha=16, targets=""):
 def own_texts(model, tokenizer, pairs=64, length=64):
     """Return texts that a peft model's base writes, ids [pairs, 2, length]: the same every time.
 
-    They are drawn token by token at temperature 1, and go on where a text would end.
+    They are drawn token by token at temperature 1, and go on where a text would end. If the model
+    comes with a penalty on repetition, it applies.
     """
     first = next(i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, 0) if i is not None)
     ids = torch.full((2 * pairs, 1), first, device=model.device)

@@ -55,6 +55,7 @@ import torch
 import transformers as hf
 
 FORMAT = 3  # of a run's folder; the first one had no number
+PLAIN = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # opens no link and no pipe
 CHECKPOINT = re.compile(r"checkpoint-(0|[1-9]\d{0,8})")
 
 
@@ -137,9 +138,8 @@ def write_bytes(path, data):
     """Write a file whole or not at all. A link of this name is replaced and not followed."""
     hidden = os.path.join(os.path.dirname(path), f".tmp-{os.path.basename(path)}")
     if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
-        raise OSError(f"{path} cannot be written: it is a folder, or its folder is not there")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
-    with open(os.open(hidden, flags, 0o666), "wb") as file:
+        raise RunError(f"{path} cannot be written: it is a folder, or its folder is not there")
+    with open(os.open(hidden, PLAIN | os.O_TRUNC, 0o666), "wb") as file:
         file.write(data)
     os.replace(hidden, path)
 

@@ -91,7 +91,8 @@ class Report(contextlib.ExitStack):
             from tensorboard.summary.writer.record_writer import RecordWriter
             event = Event(wall_time=time.time(), step=row["steps"], summary={"value": values})
             # Not by SummaryWriter, whose thread prints a traceback where the disk is full.
-            with open(self.run.path("events.out.tfevents.0"), "ab") as file:
+            path = self.run.path("events.out.tfevents.0")
+            with open(os.open(path, runs.PLAIN, 0o666), "ab") as file:
                 RecordWriter(file).write(event.SerializeToString())
         if row["update"]:
             best = f" of {self.best:.3f}" if self.best is not None else ""
@@ -265,7 +266,7 @@ def moments(config, options, agent, make_env, judge):
     best = f" of {env.best_return:.3f}" if getattr(env, "best_return", None) is not None else ""
     obs, info = env.reset(seed=command.EVALUATION_SEED)
     rng = np.random.default_rng(command.EVALUATION_SEED)
-    for _ in range(200):  # our choice, because a world without a time limit may have no end
+    for _ in range(201):  # our choice, because a world without a time limit may have no end
         head = f"step {steps}, return {total:.3f}{best}, reward {reward:.3f}, {title(config)}"
         moment = types.SimpleNamespace(head=head, picture=drawing(env), outcome=outcome)
         if outcome:

@@ -165,7 +165,8 @@ class World:
 
     def reset(self, seed=None):
         """Begin an episode. Returns (obs, info)."""
-        options = {"seed": seed} if takes_seed(self.world.reset) else {}
+        # NumPy takes seeds below 2 ** 32 alone.
+        options = {"seed": seed and seed % 2**32} if takes_seed(self.world.reset) else {}
         obs, info = self.checked("reset", call(f"{self.task}.reset", self.world.reset, **options))
         info = self.adapt(obs, info)
         commands = info.get("admissible_commands") is not None
@@ -187,12 +188,13 @@ class World:
         lasted, solved = info.get("duration", 1), info.get("success", False)
         try:
             reward, terminated, truncated = float(reward), bool(ends[0]), bool(ends[-1])
-            if not (abs(reward) < 1e38 and 0 < lasted < 1e9 and 0 <= float(solved) <= 1):
+            if not (abs(reward) < 1e38 and 0 < float(lasted) < 1e9 and 0 <= float(solved) <= 1):
                 raise ValueError
         except (TypeError, ValueError):
             raise WorldError(f"{self.task}.step gave reward {reward!r:.40}, end {ends[0]!r:.40},"
                              f" duration {lasted!r:.40} and success {solved!r:.40}; give a number,"
                              " a bool, a number above 0, a bool") from None
+        info = {**info, **{key: float(info[key]) for key in ("duration", "success") if key in info}}
         self.steps += 1
         if self.steps > ENDLESS:
             raise WorldError(f"an episode of {self.task} goes on for ever; give it a time limit")

@@ -325,7 +325,21 @@ def test_an_evaluation_prints_the_untrained_llm_beside_the_run(finished, capfd):
     assert twosome.main(["--eval", finished[0], "--task", "pizza", "--episodes", "5"]) == 0
     both = read_json(finished[0], "evaluation.json")
     assert both["virtualhome/cheese"] == written and "virtualhome/pizza" in both
+    assert written["trained"]["greedy"] is False
     capfd.readouterr()
+
+
+def test_the_options_of_a_runs_world_are_those_of_its_own_task(tmp_path, capfd):
+    """A run with options is evaluated on all tasks, as its last line says."""
+    folder = str(tmp_path / "run")
+    assert twosome.main([*SMALL, "--env-args", "view=3", "--out", folder]) == 0
+    assert command.parse(["--eval", folder])[0].env_args == "view=3"
+    assert command.parse(["--eval", folder, "--task", "all"])[0].env_args == ""
+    asked = ["--eval", folder, "--task", "cheese", "--env-args", "mask=False", "--episodes", "2"]
+    assert command.parse(asked)[0].env_args == "mask=False"
+    assert twosome.main(["--eval", folder, "--task", "cheese", "--episodes", "2"]) == 0
+    assert twosome.main(["--eval", folder, "--episodes", "2", "--out", str(tmp_path)]) == 2
+    assert "it is a folder" in capfd.readouterr().err
 
 
 def test_an_evaluation_without_a_run_is_the_untrained_llms(capfd, tmp_path):

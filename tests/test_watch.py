@@ -251,7 +251,33 @@ def test_an_episode_without_an_end_is_shown_for_200_actions(lake):
     endless = worlds.make_world(lake, {"mode": "endless"})
     source = watch.moments(config, still, Uniform(), endless,
                            lambda item: (0.0, {"untrained": torch.tensor([0.0, -9.0])}))
-    assert sum(not moment.outcome for moment in source) == 200
+    assert sum(not moment.outcome for moment in source) == 201
+
+
+def test_the_end_of_the_200th_action_is_shown():
+    class Long:
+        def reset(self, seed=None):
+            self.steps = 0
+            return None, {"prompt": "To", "actions": ["go"]}
+
+        def step(self, action):
+            self.steps += 1
+            return None, 0.0, False, self.steps == 200, {"prompt": "To", "actions": ["go"]}
+
+    *_, last = watch.moments(command.Config(), SimpleNamespace(greedy=True), Uniform(),
+                             lambda: worlds.World(Long()),
+                             lambda item: (0.0, {"untrained": torch.tensor([0.0])}))
+    assert last.outcome == "not solved"
+
+
+def test_what_is_appended_to_is_neither_a_link_nor_a_pipe(tmp_path):
+    (tmp_path / "outside").write_text("precious")
+    (tmp_path / "link").symlink_to(tmp_path / "outside")
+    with pytest.raises(OSError):
+        os.open(tmp_path / "link", runs.PLAIN)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError):
+        os.open(tmp_path / "pipe", runs.PLAIN)
 
 
 # -----------------------------------------------------------------------------
@@ -288,7 +314,7 @@ def test_a_world_of_ones_own_shows_what_it_renders(lake, mode, capfd):
 
 @pytest.mark.parametrize(("flags", "code", "words"), [
     (["--env-args", "mode=breaks"], 2, "raised RuntimeError: the ice\\x1b[31m breaks"),
-    (["--gif", "no/such/folder.gif"], 1, "not there"), (["--gif", "."], 1, "is a folder")])
+    (["--gif", "no/such/folder.gif"], 2, "not there"), (["--gif", "."], 2, "is a folder")])
 def test_what_goes_wrong_is_one_line(lake, flags, code, words, capfd, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert twosome.main(["--watch", "--env", lake, *flags]) == code
@@ -538,7 +564,7 @@ def test_compare_prints_a_table_and_draws_seeds_as_a_band(finished, figures, tmp
 
 
 def test_compare_says_in_one_line_what_it_cannot_write_or_draw(finished, monkeypatch, capfd):
-    assert twosome.main(["--compare", finished.one, "--out", "/no/such/folder/x.png"]) == 1
+    assert twosome.main(["--compare", finished.one, "--out", "/no/such/folder/x.png"]) == 2
     assert "not there" in capfd.readouterr().err
 
     def broken(*arguments):

@@ -1,4 +1,5 @@
 """Other people's worlds in our contract, their mistakes in one line each, and the way out."""
+import fractions
 import math
 import runpy
 import sys
@@ -271,6 +272,7 @@ MISTAKES = {
     "gave reward 'much', end False": {"step": lambda self, action: (1, "much", False, False, {})},
     "gave reward nan": {"step": lambda self, action: (1, math.nan, False, False, {})},
     "duration 'x'": {"step": lambda self, action: (1, 0, False, False, {"duration": "x"})},
+    "duration [2]": {"step": lambda self, action: (1, 0, False, False, {"duration": [2]})},
     "duration -1": {"step": lambda self, action: (1, 0, False, False, {"duration": -1})},
     "goes on for ever": {"step": lambda self, action: (1, 0, False, False, self.tell())},
     "Broken.step(0) raised ZeroDivisionError: division by zero (line": {"step": fail},
@@ -278,6 +280,23 @@ MISTAKES = {
     "the prompt of Corridor gave a str, not (prompt, phrases)": lambda obs, info: "a text",
     "the prompt of Corridor raised KeyError": lambda obs, info: info["nothing"],
 }
+
+
+def test_numbers_of_any_kind_become_floats_and_a_seed_is_one_that_numpy_takes():
+    class Odd(Corridor):
+        def reset(self, seed=None):
+            np.random.RandomState(seed)
+            return super().reset(seed)
+
+        def step(self, action):
+            told = {"duration": fractions.Fraction(3), "success": np.float64(1)}
+            return 1, 0, True, False, self.tell() | told
+
+    env = World(Odd())
+    env.reset(seed=10_007 * 1_000_000)
+    *_, info = env.step(0)
+    assert (info["duration"], info["success"]) == (3.0, 1.0)
+    assert type(info["duration"]) is type(info["success"]) is float
 
 
 @pytest.mark.parametrize("line", MISTAKES)
@@ -302,6 +321,11 @@ def test_texts_that_cannot_be_scored_are_one_line_for_every_world(info, line):
     with pytest.raises(ValueError, match=line) as caught:
         twosome.observation_text(info)
     assert "\n" not in str(caught.value)
+
+
+def test_an_action_may_be_anything():
+    info = {"prompt": "To", "actions": ["go", "sit"], "admissible": [("go", "north"), [2]]}
+    assert twosome.observation_text(info) == ("To", ("go", "sit"))
 
 
 def test_code_that_raises_shows_its_own_traceback_and_none_of_ours():
@@ -411,8 +435,11 @@ def test_a_world_of_ones_own_is_trained_resumed_and_evaluated_where_it_is_named(
                          str(folder / "run")]) == 0
     assert twosome.main(["--resume", "run"]) == 2
     assert "--env" in capfd.readouterr().err
-    assert twosome.main(["--resume", "run", *world]) == 0
+    elsewhere = str(folder / "my_world.py:Door")  # the same world, named from another folder
+    assert twosome.main(["--resume", "run", "--env", elsewhere]) == 0
+    assert twosome.main(["--resume", "run", "--env", "overcooked"]) == 2
     assert twosome.main(["--eval", "run", *world, "--episodes", "2"]) == 0
+    assert twosome.main(["--eval", "run", "--task", "cheese", "--episodes", "2"]) == 0
     agent, make_env = twosome.load("run", env=world[1])
     assert make_env().world.size == 4
     result = ppo.evaluate(make_env, agent, 4, 1, 0.99)
