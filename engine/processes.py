@@ -50,12 +50,12 @@ def join():
     world = os.environ.get("WORLD_SIZE", "1")
     if world == "1" or dist.is_initialized():
         return place()[0]
-    rank, port = (os.environ.get(name, "") for name in ("RANK", "MASTER_PORT"))
-    numbers = world.isdecimal() and rank.isdecimal() and port.isdecimal()
+    rank, port, local = map(os.environ.get, ("RANK", "MASTER_PORT", "LOCAL_RANK"), ("", "", "0"))
+    numbers = all(text.isdecimal() for text in (world, rank, port, local))
     if not numbers or int(rank) >= int(world) or not os.environ.get("MASTER_ADDR"):
         raise ProcessError("WORLD_SIZE is set, but not as torchrun does; use torchrun, or unset it")
-    if (local := int(os.environ.get("LOCAL_RANK", 0))) < torch.cuda.device_count():
-        torch.cuda.set_device(local)
+    if int(local) < torch.cuda.device_count():
+        torch.cuda.set_device(int(local))
     wait = f"up to {RENDEZVOUS} s for {world} processes at {os.environ['MASTER_ADDR']}"
     waiting = threading.Timer(10, print, ["waiting", wait], {"file": sys.stderr, "flush": True})
     waiting.start()

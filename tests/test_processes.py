@@ -338,7 +338,9 @@ def alone(monkeypatch):
     {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost"},
     {"WORLD_SIZE": "2", "RANK": "x", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"},
     {"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"},
-    {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "many"}])
+    {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "many"},
+    {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500",
+     "LOCAL_RANK": "first"}])
 def test_a_place_that_torchrun_would_not_give_is_one_line(alone, place, capfd):
     for name, value in place.items():
         alone.setenv(name, value)
