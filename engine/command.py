@@ -143,6 +143,7 @@ def parse(argv):
     if not options.folder or {"env", "task"} & {*given}:
         options.tasks = tasks_named(given.get("env"), given.get("task"), "eval" in modes)
         given["env"], given["task"] = options.tasks[0]
+        # A run's options are of its own world: another task has its own, or none.
         given |= {} if ":" in given["env"] else {"env_args": typed.get("env_args", "")}
     return (config_of(options.folder, given) if options.folder else new_config(given)), options
 

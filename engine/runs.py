@@ -22,10 +22,10 @@ Without this file a run would learn the same, but whatever stops it would cost a
     python twosome.py --resume RUN --from checkpoint-40   go on from this one; newer ones are
                                                           renamed to checkpoint-N.abandoned
 
-Whole or not at all: every file but metrics.csv, and every checkpoint, is written under a temporary
-name and renamed, so a kill at any moment leaves the old one or the new one. A resume puts back the
-checkpoint's copy of metrics.csv and computes again what came after it: bit for bit the same on a
-CPU, with the same versions and the same number of threads.
+Whole or not at all: every file but metrics.csv and tensorboard's log, and every checkpoint, is
+written under a temporary name and renamed, so a kill at any moment leaves the old one or the new
+one. A resume puts back the checkpoint's copy of metrics.csv and computes again what came after it:
+bit for bit the same on a CPU, with the same versions and the same number of threads.
 
 A checkpoint defends against a torn disk, a kill and a stranger's code, not against a stranger's
 numbers under right checksums. Only JSON and safetensors are read, never a pickle; links and pipes

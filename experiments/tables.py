@@ -848,18 +848,18 @@ def answers(found, model):
 
     Three agents of each of two tasks are to be asked, and three of BIG-bench's tasks must count.
     """
-    judged, short = [], 0
+    judged, lacking = [], 0
     for task, side in itertools.product(TASKS, ("trained", "merged")):
         records = select(found, "ability", model=model, task=task)
         tasks = [name for name, counts in judged_tasks(records).items() if counts]
-        short += task in SHORT and (len(records) < 3 or len(tasks) < 3)
+        lacking += task in SHORT and (len(records) < 3 or len(tasks) < 3)
         for name in tasks:
             mean, half = points_gained(records, [name], side)
             judged.append((f"{task}, {side}, on {name}", mean + half >= 0))
         if tasks:
             mean, _ = points_gained(records, tasks, side)
             judged.append((f"{task}, {side}, on average", mean >= -2))
-    return verdict_of(judged, len(judged) + short)
+    return verdict_of(judged, len(judged) + lacking)
 
 
 def unmasked(found, model):

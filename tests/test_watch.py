@@ -270,14 +270,32 @@ def test_the_end_of_the_200th_action_is_shown():
     assert last.outcome == "not solved"
 
 
-def test_what_is_appended_to_is_neither_a_link_nor_a_pipe(tmp_path):
-    (tmp_path / "outside").write_text("precious")
-    (tmp_path / "link").symlink_to(tmp_path / "outside")
+def test_tensorboards_log_is_appended_to_but_never_through_a_link_or_a_pipe(tmp_path):
+    pytest.importorskip("tensorboard")
+    log, outside = tmp_path / "events.out.tfevents.0", tmp_path / "outside"
+    run = SimpleNamespace(path=tmp_path.joinpath, log=lambda row: None, seconds=1.0,
+                          cpu_seconds=1.0)
+    optimizer = SimpleNamespace(param_groups=[{"lr": 0.1}])
+    report = SimpleNamespace(first=True, spend=lambda: None, run=run,
+                             trainer=SimpleNamespace(policy_optimizer=optimizer))
+
+    def write():
+        watch.Report.log(report, {"update": 0, "steps": 0})
+
+    write()
+    once = log.read_bytes()
+    write()
+    assert log.read_bytes()[:len(once)] == once and log.stat().st_size == 2 * len(once)
+    log.unlink()
+    outside.write_text("precious")
+    log.symlink_to(outside)
     with pytest.raises(OSError):
-        os.open(tmp_path / "link", runs.PLAIN)
-    os.mkfifo(tmp_path / "pipe")
+        write()
+    assert outside.read_text() == "precious"
+    log.unlink()
+    os.mkfifo(log)
     with pytest.raises(OSError):
-        os.open(tmp_path / "pipe", runs.PLAIN)
+        write()
 
 
 # -----------------------------------------------------------------------------
