@@ -16,7 +16,7 @@ installed, the classes are gymnasium.Env with spaces, registered as "twosome/Ove
 Where to find what
 
     _Env           what both share: episodes, the time limit, saving and restoring
-    Overcooked     its tables are LAYOUTS and OVERCOOKED_TASKS; Kitchen reads a layout
+    Overcooked     its tables are LAYOUTS and OVERCOOKED_TASKS; Layout reads one
     VirtualHome    its tables are OBJECTS, GOALS, ACTIONS, FEATURES and HOME_TASKS
     make, TASKS    the way in
 
@@ -251,8 +251,8 @@ DELIVERY_REWARD = 1.0   # when the bowl is delivered with the recipe's foods
 MISTAKE_REWARD = -0.1   # when anything else is delivered
 
 
-class Kitchen:
-    """A layout, read once. A cell is (x, y): its row and its column.
+class Layout:
+    """A kitchen, read once. A cell is (x, y): its row and its column.
 
         cells       {cell: symbol of LAYOUTS}; size is (rows, columns)
         start       the agent's first cell
@@ -301,7 +301,7 @@ class Kitchen:
         return ways
 
 
-KITCHENS = {name: Kitchen(text) for name, text in LAYOUTS.items()}
+KITCHENS = {name: Layout(text) for name, text in LAYOUTS.items()}
 
 
 # -----------------------------------------------------------------------------
@@ -312,8 +312,9 @@ class Overcooked(_Env):
 
     Chop the foods of the recipe on a board, put them in the bowl, and deliver the bowl.
 
-    ACTIONS are macro-actions. All are always admissible (published): one that cannot succeed now
-    costs a step or more and changes nothing but where the agent stands.
+    ACTIONS are macro-actions. All are always admissible (published). Apart from a wrong delivery
+    (see REWARDS), one that cannot succeed now costs a step or more and changes nothing but where
+    the agent stands.
 
         get <food>        Walk a shortest way until next to where it truly is, then act on it. If
                           it is held, stay idle for one step. If it is in the bowl, walk until the

@@ -24,7 +24,7 @@ This file imports nothing of the project and knows no language model. An agent i
     log_probs(items) -> list of [A]      log pi over the admissible actions of each item, float32
     values(items) -> [B]                 V of each item, float32; gradients to the critic alone
     policy_parameters(), value_parameters()
-    policy_changed()                     called after every step of the policy
+    policy_changed()                     called before a rollout and after a step of the policy
     drift(turn, part) -> scalar          for Config.base_kl alone: the KL from the policy's
                                          beginning, in nats, with gradients. It is measured on two
                                          texts, which `turn` selects; `part` is a slice of the two,
@@ -153,9 +153,10 @@ class Config:
 
 
 def begin(make_env, count, seed):
-    """Begin an episode in each of some environments. Returns them, their generators, (obs, info).
+    """Make `count` environments and begin an episode in each: (envs, generators, [(obs, info)]).
 
-    Each has a generator of its own: what is drawn for one never depends on the others.
+    Each has a generator of its own: what is drawn for one never depends on the others. The factor
+    of the seed (our choice) keeps two runs apart that have up to 10,007 environments.
     """
     envs = [make_env() for _ in range(count)]
     rngs = [np.random.default_rng([seed, n]) for n in range(count)]
@@ -310,6 +311,8 @@ class PPO:
         # knows already.
         improving = advantages.any()
 
+        # `turn` tells hold which texts to take. It begins at the number of updates, so that every
+        # rollout begins at other texts, and a resumed run at those that a whole one would take.
         for turn, batch in enumerate(self.minibatches(len(rollout.items)), self.updates):
             # The critic may split a minibatch into several steps. They are cheap in TWOSOME, whose
             # agent remembers what the LLM makes of a prompt.
@@ -337,7 +340,7 @@ class PPO:
         values = self.agent.values([rollout.items[i] for i in batch]).cpu()  # [B]
         old_values = rollout.values.take(batch)
         loss = value_loss(values, old_values, returns.take(batch), self.config.clip).mean()
-        (0.5 * loss).backward()  # published scripts; Adam hardly minds
+        (0.5 * loss).backward()  # 0.5: the value loss's weight in the published scripts
         self.step(self.value_optimizer)
         return {"value_loss": loss.item()}
 

@@ -57,7 +57,8 @@ PLACES = {"board1": "the first board", "board2": "the second board",
 # For a board: walk to it, put something down on it, fill the bowl at it.
 BOARD_VERBS = {"board1": ("approach", "put", "fill"), "board2": ("visit", "lay", "load")}
 
-# The home's two kinds of task. Its verbs: go to a room; walk to a thing; grab it; put it down.
+# The verbs of the home, for both kinds of task: go to a room (keep this order, which is that of the
+# actions in envs.py), walk to a thing, grab it, put it down.
 ROOM_VERBS = {"living room": "enter", "kitchen": "go to", "bathroom": "visit",
               "bedroom": "proceed to"}
 WALK_VERBS = {"food": "walk to", "appliance": "move to", "chips": "walk to", "milk": "head to",
@@ -135,11 +136,9 @@ class Kitchen(SimpleNamespace):
         return [food for food, count in self.chops.items() if count >= 3]
 
     def called(self, item):
-        """ "the half chopped tomato", "the bowl with the chopped tomato"."""
+        """ "the chopped tomato", "the bowl with the chopped tomato"."""
         if item in self.chopped:
             return f"the chopped {item}"
-        if self.chops.get(item):
-            return f"the half chopped {item}"
         inside = self.lying("bowl") if item == "bowl" else []
         return f"the bowl with {join([*map(self.called, inside)])}" if inside else f"the {item}"
 
@@ -295,9 +294,10 @@ class Home(SimpleNamespace):
         worth staying in while something wanted is seen there.
         """
         wanted = {"chips", "milk"} if self.task == "entertainment" else {"appliance"}
-        here = wanted.intersection(self.visible)
-        missing = wanted.difference(self.visible, self.holding)
-        room = "kitchen" if (here if self.room == "kitchen" else missing) else "living room"
+        there = wanted.difference(self.visible, self.holding)
+        if self.room == "kitchen":
+            there = wanted.intersection(self.visible)
+        room = "kitchen" if there else "living room"
         return [] if room == self.room else [f"the {room}"]
 
     def phrases(self):
@@ -342,7 +342,7 @@ class Home(SimpleNamespace):
         return f"{ROOM_VERBS[room]} {'nowhere' if stays else 'the ' + room}"
 
     def walk_to(self, thing):
-        """Walking leaves one close to the thing, what it lies on and what is in it, alone."""
+        """After walking, one is close only to the thing, what it lies on and what is in it."""
         inside = self.placed if thing == "appliance" else ()
         after = {thing, self.placed.get(thing, thing), *inside}
         able = thing in self.visible and not self.sitting and set(self.close) != after
@@ -437,7 +437,7 @@ def lint_preferred(prompt, phrases):
 
 
 def lint_verbs(prompt, phrases):
-    """Our rule: phrases that differ in one word only differ in their verb."""
+    """Our rule: where two phrases differ in a single word, that word is the verb."""
     for pair in combinations(phrases, 2):
         mine, other = map(words, pair)
         differing = sum((two for two in zip(mine, other, strict=False) if two[0] != two[1]), ())

@@ -19,8 +19,9 @@
     python twosome.py --help
 
 Read this file from top to bottom; sections 4.1 and 4.2 can be copied together with engine/trie.py
-alone. engine/ makes the same results fast, safe and distributed. Apart from each task's settings
-(presets.json) and the texts of the penalty (models.own_texts), nothing in it changes a result.
+alone. engine/ makes the same results fast, safe and distributed. What can change a result there:
+each task's settings (presets.json); the number format, LoRA's layers and the texts of the penalty
+(models.py); and a step that is left out because its gradient is not finite (trainer.py).
 
 Our deliberate differences: the phrase is scored together with the space before it; the critic's
 last layer starts at zero; the LoRA weights are float32 whatever the base is in; a penalty holds the
@@ -145,7 +146,7 @@ def score_actions_naive(model, tokenizer, prompts, phrases, normalization="word"
             ids = torch.tensor([prompt_ids + tail], device=model.device)  # [1, S]
             logits = model(input_ids=ids, use_cache=False).logits[0]  # [S, V]
             # The logits at position i predict the token at position i + 1.
-            over_vocabulary = logits.float().log_softmax(-1)[len(prompt_ids) - 1:-1]  # [T, V]
+            over_vocabulary = logits[len(prompt_ids) - 1:-1].float().log_softmax(-1)  # [T, V]
             rows.append(over_vocabulary.gather(1, ids[0, len(prompt_ids):, None])[:, 0])  # [T]
         log_probs = pad_sequence(rows, batch_first=True)  # [A, T]
         policies.append(policy(log_probs, tails, seams, actions, normalization))
@@ -157,7 +158,8 @@ def score_actions(model, tokenizer, prompts, phrases, normalization="word"):
 
     Prompts and phrases become one trie of tokens, which the LLM reads under a mask that shows a
     token its own past alone (engine/trie.py). Arguments and result are those of the definition;
-    `prompts` may hold equal ones. Raises trie.ScoringError.
+    `prompts` may hold equal ones. Raises trie.ScoringError, and FloatingPointError for scores that
+    are not finite.
     """
     if isinstance(prompts, str) or any(isinstance(actions, str) for actions in phrases):
         raise trie.ScoringError("prompts is a list of texts and phrases a list of lists of texts"
@@ -175,7 +177,7 @@ def score_actions(model, tokenizer, prompts, phrases, normalization="word"):
 # -----------------------------------------------------------------------------
 # Section 4.2: action prompt normalisation.
 
-NORMALIZATIONS = ("sum", "token", "word")  # the paper proposes the last two; sum is without any
+NORMALIZATIONS = ("sum", "token", "word")  # the paper proposes the last two
 
 
 def policy(token_log_probs, tails, seams, phrases, normalization):
@@ -341,9 +343,10 @@ class Agent:
     def features(self, prompts):
         """Return last_hidden of each prompt: float32 [B, H]. Remember it; forget the oldest.
 
-        Each prompt goes through the LLM alone: so the bits depend neither on what else is in a
-        batch nor on which process read it. One process on a GPU reads many at once, which takes no
-        longer. The memory lies on the CPU, for a process cannot read another one's GPU.
+        On a CPU, or with several processes, each prompt goes through the LLM alone. So the bits
+        depend neither on what else is in a batch nor on which process read it. One process on a
+        GPU reads 64 at once, which takes no longer. The memory lies on the CPU, for a process
+        cannot read another one's GPU.
         """
         size = 1 if self.model.device.type == "cpu" or processes.place()[1] > 1 else 64
         rows = torch.stack(remember(self.known, prompts, self.last_hidden, size))
@@ -448,17 +451,17 @@ def train(config, run, agent, make_env, which="last"):
         return report.stopped(stop) if stop else report.finish(agent)
 
 
-def evaluate(config, options, agent):
+def evaluation(config, options, agent):
     """Play episodes of each task: the untrained LLM, and a run's agent if one is given.
 
     Returns the exit code. A task that the agent was not trained on tells how far it generalises.
     """
     results = {}
     for env, task in options.tasks or [(config.env, config.task)]:
-        # A task of --task is discounted as every preset does it. Without one, it is the run's own
-        # task, discounted as the run was trained.
-        usual = command.preset("pocket", env, task) if options.tasks else vars(config)
-        gamma = usual.get("gamma", config.gamma)
+        # A run's own task is discounted as in its training. One that --task names is discounted as
+        # in every preset, unless --gamma is given.
+        usual = command.preset("pocket", env, task) if options.tasks else {}
+        gamma = usual.get("gamma", config.gamma) if options.gamma is None else options.gamma
         played = dataclasses.replace(config, env=env, task=task, gamma=gamma)
         make_env = make_world(played)
         with agent.untrained():
@@ -495,16 +498,16 @@ def dispatch(argv, gate):
     if options.compare:
         return watch.compare(options.compare, config.out)
     if rank and (options.tokens or options.eval is not None or options.watch is not None):
-        return 0  # one process is enough for these
+        return 0  # one process is enough
     if options.resume is not None:
         gate.run = None if rank else runs.Run(options.resume)
-    agent, make_env = build(config)  # before a folder is made: bad input leaves none
+    agent, make_env = build(config)  # bad input must leave no folder
     if options.tokens:
         return command.show_tokens(token_table(agent, options.prompt, options.tokens), options)
     if options.folder:
         runs.load_agent(options.folder, agent)
     if options.eval is not None:
-        return evaluate(config, options, agent)
+        return evaluation(config, options, agent)
     if options.watch is not None:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # give the terminal back first
         return watch.show(config, options, agent, make_env)

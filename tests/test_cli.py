@@ -367,6 +367,8 @@ def test_an_evaluation_of_a_task_discounts_as_the_task_does(finished, monkeypatc
     for task in ("cheese", "onion-salad"):
         assert twosome.main(["--eval", finished[0], "--task", task]) == 0
     assert gammas == [(0.95, 0.95)] * 2 + [(0.99, 0.99)] * 2
+    assert twosome.main(["--eval", "--task", "cheese", "--gamma", "0.9"]) == 0
+    assert gammas[4:] == [(0.9, 0.9)]
 
 
 @pytest.mark.parametrize("flags", [["--eval", "RUN", "--norm", "token"],
