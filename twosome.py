@@ -496,9 +496,9 @@ def dispatch(argv, gate):
     config, options = command.parse(argv)
     processes.agree(config)
     if options.compare:
-        return watch.compare(options.compare, config.out)
+        return 0 if rank else watch.compare(options.compare, config.out)
     if rank and (options.tokens or options.eval is not None or options.watch is not None):
-        return 0  # one process is enough
+        return 0  # one is enough
     if options.resume is not None:
         gate.run = None if rank else runs.Run(options.resume)
     agent, make_env = build(config)  # bad input must leave no folder

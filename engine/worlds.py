@@ -45,7 +45,7 @@ class WorldError(ValueError):
     traceback = ""
 
 
-def call(what, function, *args, **kwargs):
+def call(what, function, /, *args, **kwargs):
     """Call somebody's code. What it raises becomes a WorldError that says where."""
     try:
         return function(*args, **kwargs)
@@ -190,7 +190,7 @@ class World:
             reward, terminated, truncated = float(reward), bool(ends[0]), bool(ends[-1])
             if not (abs(reward) < 1e38 and 0 < float(lasted) < 1e9 and 0 <= float(solved) <= 1):
                 raise ValueError
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise WorldError(f"{self.task}.step gave reward {reward!r:.40}, end {ends[0]!r:.40},"
                              f" duration {lasted!r:.40} and success {solved!r:.40}; give a number,"
                              " a bool, a number above 0, a bool") from None

@@ -634,9 +634,11 @@ def random_weights(name, seed, folder):
 
 def main(argv=None):
     """Run twosome.py with the variant that the first argument names."""
-    name, *flags = sys.argv[1:] if argv is None else argv
+    name, *flags = (sys.argv[1:] if argv is None else argv) or [""]
     if name not in VARIANTS:
-        sys.exit(f"unknown variant {name[:60]!r}; choose one of {', '.join(VARIANTS)}")
+        choices = ", ".join(VARIANTS)
+        print(f"unknown variant {name[:60]!r}; choose one of {choices}", file=sys.stderr)
+        return 2
     vary(name)
     return twosome.main(flags)
 

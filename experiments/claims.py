@@ -53,7 +53,8 @@ def learn(job, folder):
     facts["settings"] = records.read_json(os.path.join(folder, "config.json"))
     for name in ("out", "model", "env"):  # paths of this machine; the job names model and env
         facts["settings"].pop(name)
-    facts["summary"] = records.read_json(os.path.join(folder, "summary.json")) | {"env": job["env"]}
+    named = {name: job[name] for name in ("model", "env")}
+    facts["summary"] = records.read_json(os.path.join(folder, "summary.json")) | named
     facts["curve"] = read_curve(os.path.join(folder, "metrics.csv"))
     return facts
 
@@ -317,6 +318,8 @@ class Campaign:
             child = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True,
                                      env={**os.environ, "OMP_NUM_THREADS": "1"})
         self.running[job.name] = child
+        if self.stopped:  # stop() may have looked before this one was there
+            child.terminate()
         code = child.wait()
         del self.running[job.name]
         if code and not self.stopped:
@@ -384,6 +387,8 @@ def parse(argv):
     for flag, value in (("--episodes", 0), ("--steps", 2048)):
         parser.add_argument(flag, type=int, default=value, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    if options.jobs < 1:
+        parser.error("--jobs must be at least 1")
     if "quiet" in options.only:
         options.jobs = 1  # the clock is read, so no other job may run beside one
     if options.quick:

@@ -155,9 +155,10 @@ def summary(losses, divergences, counts):
                             for name, side in losses.items()}}
     for name, side in divergences.items():
         # Windows are the units of the interval, for tokens of one text depend on each other.
-        gaps = (np.array(losses[name]) - np.array(losses["base"])) / counts
-        half = 1.96 * gaps.std(ddof=1) / len(gaps) ** 0.5 if len(gaps) > 1 else float("nan")
+        # Long windows count for more, in the interval as in its middle: a ratio of two sums.
         middle = np.log(facts["perplexity"][name] / facts["perplexity"]["base"])
+        gaps = (np.array(losses[name]) - np.array(losses["base"]) - middle * counts) / counts.mean()
+        half = 1.96 * gaps.std(ddof=1) / len(gaps) ** 0.5 if len(gaps) > 1 else float("nan")
         change = [100 * float(np.expm1(value)) for value in (middle, middle - half, middle + half)]
         facts[name] = {"change_percent": change[0], "change_interval": change[1:],
                        "kl": float(np.sum(side) / tokens)}
@@ -179,10 +180,13 @@ def main(argv=None):
     parser.add_argument("run", help="a run's folder")
     parser.add_argument("--tokens", type=int, help=f"read of each text ({TOKENS})")
     options = parser.parse_args(argv)
+    if options.tokens is not None and options.tokens < 2:
+        parser.error("--tokens must be at least 2")
     try:
         facts = measure(options.run, options.tokens)
-    except twosome.command.BAD_INPUT + (RetentionError,) as error:
-        sys.exit(f"retention.py: {error}")
+    except (*twosome.command.BAD_INPUT, RetentionError, OSError) as error:
+        print(f"retention.py: {error}", file=sys.stderr)
+        return 2
     print(json.dumps(facts, indent=1))
     return 0
 

