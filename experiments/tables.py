@@ -636,7 +636,8 @@ def ability_table(found, model):
     groups = {task: records for task, records in groups.items() if records}
     sides = ("trained", "merged")
     header = ["task", "questions", "chance", "base", "counts"]
-    header += [f"{task}, {side}: points" for task in groups for side in sides]
+    header += [f"{task}, {side}: points, n = {len(records)}"
+               for task, records in groups.items() for side in sides]
     if not groups:
         return header, []
 
