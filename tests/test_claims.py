@@ -899,8 +899,11 @@ def test_only_tasks_that_the_base_can_do_count_and_their_answers_are_paired():
     assert [row[0] for row in rows] == ["easy", "hard", "mean of those that count"]
     assert rows[0][1:6] == ["100", "50.0%", "60.0%", "yes", f"-1.00 ± {half:.2f}"]
     assert rows[2][5] == rows[0][5]
-    # A loss within its interval is none; twenty points lost are. Two agents are too few to end it.
-    assert tables.answers(found, "smollm2")[1] == "yes, so far"
+    # A loss within its interval is none, but the average may be two points lower: that is open.
+    # Twenty points lost are a loss. Two agents are too few to end it.
+    assert half > 1 and tables.answers(found, "smollm2") == (
+        "2 of 4; open tomato-salad, trained, on average, tomato-salad, merged, on average",
+        "open, so far")
     facts["easy"]["trained"] = same["easy"]["trained"] = "0" * 20 + "1" * 40 + "0" * 40
     assert tables.answers(found, "smollm2")[1] == "no, so far"
 

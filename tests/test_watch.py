@@ -276,8 +276,8 @@ def test_tensorboards_log_is_appended_to_but_never_through_a_link_or_a_pipe(tmp_
     run = SimpleNamespace(path=tmp_path.joinpath, log=lambda row: None, seconds=1.0,
                           cpu_seconds=1.0)
     optimizer = SimpleNamespace(param_groups=[{"lr": 0.1}])
-    report = SimpleNamespace(first=True, spend=lambda: None, run=run,
-                             trainer=SimpleNamespace(policy_optimizer=optimizer))
+    report = SimpleNamespace(spend=lambda: None, run=run,
+                             trainer=SimpleNamespace(rank=0, policy_optimizer=optimizer))
 
     def write():
         watch.Report.log(report, {"update": 0, "steps": 0})
