@@ -498,10 +498,10 @@ def dispatch(argv, gate):
     if options.compare:
         return 0 if rank else watch.compare(options.compare, config.out)
     if rank and (options.tokens or options.eval is not None or options.watch is not None):
-        return 0  # one is enough
+        return 0  # one process is enough
     if options.resume is not None:
         gate.run = None if rank else runs.Run(options.resume)
-    agent, make_env = build(config)  # bad input must leave no folder
+    agent, make_env = build(config)  # bad input leaves no folder
     if options.tokens:
         return command.show_tokens(token_table(agent, options.prompt, options.tokens), options)
     if options.folder:

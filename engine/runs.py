@@ -20,7 +20,8 @@ Without this file a run would learn the same, but whatever stops it would cost a
 
     python twosome.py --resume RUN                        go on from the newest checkpoint
     python twosome.py --resume RUN --from checkpoint-40   go on from this one; newer ones are
-                                                          renamed to checkpoint-N.abandoned
+                                                          renamed to checkpoint-N.abandoned,
+                                                          and summary.json likewise
 
 Whole or not at all: every file but metrics.csv and tensorboard's log, and every checkpoint, is
 written under a temporary name and renamed, so a kill at any moment leaves the old one or the new

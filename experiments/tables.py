@@ -845,9 +845,9 @@ def keeps(found, model):
 
 
 def answers(found, model):
-    """Judge answers: on average at most two points lost, as the interval shows; and of no single
-    task a significant loss, which few questions would hardly show.
+    """Judge answers: at most two points lost on average, and no significant loss in any task.
 
+    The average is judged by its whole interval. A task's few questions show only a large loss.
     Three agents of each of two tasks are to be asked, and three of BIG-bench's tasks must count.
     """
     judged, lacking = [], 0
