@@ -38,23 +38,22 @@ def across(values):
 
 
 # Agarwal et al. 2021, Deep Reinforcement Learning at the Edge of the Statistical Precipice,
-# arXiv 2108.13264: the next three. A sample is one array of seeds for each task.
+# arXiv 2108.13264: the next three. A sample is one array of seeds for each task; its last axis is
+# the seeds, and the bootstrap puts what it draws before it.
 
 
 def interquartile_mean(sample):
     """Return the mean of the middle half of all scores, over seeds and tasks together."""
-    scores = np.sort(np.concatenate(sample))
-    cut = len(scores) // 4
-    return scores[cut:len(scores) - cut].mean()
+    scores = np.sort(np.concatenate(sample, axis=-1))
+    cut = scores.shape[-1] // 4
+    return scores[..., cut:scores.shape[-1] - cut].mean(-1)
 
 
 def probability_of_improvement(sample, other):
     """Return the chance that a seed of `sample` beats one of `other`, averaged over tasks."""
-    chances = []
-    for mine, theirs in zip(sample, other, strict=True):
-        gaps = np.subtract.outer(mine, theirs)
-        chances.append((gaps > 0).mean() + (gaps == 0).mean() / 2)
-    return np.mean(chances)
+    gaps = [mine[..., :, None] - theirs[..., None, :]
+            for mine, theirs in zip(sample, other, strict=True)]
+    return np.mean([(np.sign(gap) + 1).mean((-2, -1)) / 2 for gap in gaps], axis=0)
 
 
 def bootstrap(measure, *samples, count=2000):
@@ -65,9 +64,8 @@ def bootstrap(measure, *samples, count=2000):
     if min(len(seeds) for sample in samples for seeds in sample) < 3:
         return np.nan, np.nan
     rng = np.random.default_rng(0)
-    found = [measure(*([rng.choice(seeds, len(seeds)) for seeds in sample] for sample in samples))
-             for _ in range(count)]
-    return np.quantile(found, (0.025, 0.975))
+    drawn = [[rng.choice(seeds, (count, len(seeds))) for seeds in sample] for sample in samples]
+    return np.quantile(measure(*drawn), (0.025, 0.975))
 
 
 # -----------------------------------------------------------------------------
@@ -318,7 +316,7 @@ def steps_cell(found, task, runs):
 def ratio(theirs, ours):
     """Return (ratio of the means, its 95 % interval) of what seeds of two methods took."""
     def measure(theirs, ours):
-        return np.mean(theirs) / max(np.mean(ours), 1)
+        return theirs[0].mean(-1) / np.maximum(ours[0].mean(-1), 1)
 
     return measure([theirs], [ours]), bootstrap(measure, [theirs], [ours])
 

@@ -57,8 +57,19 @@ def test_the_probability_of_improvement_counts_pairs_and_half_a_tie():
 
 def test_the_bootstrap_draws_seeds_within_each_task():
     sample = [np.array([0.0, 1.0, 0.0, 1.0]), np.array([10.0] * 4)]
-    low, high = tables.bootstrap(lambda tasks: np.mean([task.mean() for task in tasks]), sample)
+    low, high = tables.bootstrap(lambda tasks: np.mean([task.mean(-1) for task in tasks], 0), sample)
     assert (low, high) == (5.0, 5.5)
+
+
+def test_what_is_drawn_at_once_is_measured_as_one_by_one():
+    rng = np.random.default_rng(0)
+    mine, theirs = ([rng.integers(0, 4, (7, seeds)) / 1.0 for seeds in (3, 5)] for _ in range(2))
+    for measure, samples in ((tables.interquartile_mean, [mine]),
+                             (tables.probability_of_improvement, [mine, theirs])):
+        one_by_one = [measure(*([task[n] for task in sample] for sample in samples))
+                      for n in range(7)]
+        assert measure(*samples) == pytest.approx(one_by_one)
+        assert len({*one_by_one}) > 1
 
 
 # -----------------------------------------------------------------------------
