@@ -324,8 +324,8 @@ class Overcooked(_Env):
                           the bowl.
         go to board <n>   Walk until next to it. With something in hand, act on it. With an empty
         deliver           hand, stay idle for one step if the agent stood there already.
-        chop              If an unchopped food lies on a board next to the agent, chop three times,
-                          one step each. Otherwise stay idle for one step.
+        chop              Three steps: chop an unchopped food on a board next to the agent, or stay
+                          idle if the hand is full. Without such a food, one idle step.
 
     A primitive step is a move to a neighbouring floor cell or an act on a neighbouring counter
     cell (see _touch).

@@ -40,7 +40,7 @@ if __name__ == "__main__":
     # trains, runs.Signals listens.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     # Let OpenMP's threads sleep while they wait. By default they spin, and two runs on two cores
-    # then slow each other many times over. It is read when PyTorch is imported.
+    # then slow each other many times over. PyTorch reads this when imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if os.stat(".").st_nlink == 0:  # PyTorch's libraries do not load there
         sys.exit("twosome.py: the current folder was removed; change to another")
@@ -404,7 +404,7 @@ def make_world(config):
 def build(config):
     """Return (agent, make_env) of a command.Config, with everything seeded.
 
-    The seeds come first, because LoRA and the critic draw their first weights from them.
+    Seed before the agent is made: LoRA and the critic draw their first weights then.
     """
     make_env = make_world(config)
     # A wrong name is found here, before a model is loaded.

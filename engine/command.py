@@ -53,8 +53,8 @@ class Config(trainer.Config):
     checkpoint_every: int = 5  # updates between two checkpoints
 
 
-# {group: {flag: ...}} in the order of --help. A setting has its bounds and choices there, any other
-# flag what argparse needs to know of it.
+# {group: {flag: {...}}} in the order of --help. For a setting, it holds the bounds and choices; for
+# any other flag, argparse's arguments.
 FLAGS = runs.read_json(os.path.join(HERE, "flags.json"))
 
 

@@ -29,7 +29,7 @@ from huggingface_hub import HfApi, snapshot_download
 from engine.trie import token_log_probs, unwrapped
 
 # Published scripts: LoRA on the query and value projections. Our choice: the fused projection where
-# an architecture has one. The first row whose layers the text model all has is taken.
+# an architecture has one. Take the first row of which the text model has all layers.
 LORA_TARGETS = ("q_proj,v_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv")
 # What multiplies bfloat16 in this processor. Where it has neither, emulation is slow.
 NATIVE = [x for x in ("avx512_bf16", "amx_bf16") if torch.cpu.get_capabilities().get(x)]
@@ -117,7 +117,7 @@ def load(name, dtype="auto", device="auto", load_in=""):
     device, folder = choose_device(device), locate(name)
     if os.path.isfile(folder):
         folder = converted(folder)
-    with explained(f"{folder!r} cannot be used"):  # which may be the copy of a GGUF file
+    with explained(f"{folder!r} cannot be used"):  # perhaps a GGUF file's copy
         folder = pathlib.Path(folder if os.path.isdir(folder) else download(folder))
         bits = transformers.BitsAndBytesConfig(**{f"load_in_{load_in}": True}) if load_in else None
         model, tokenizer = build(folder, weights(folder), dtype, device, quantization_config=bits)

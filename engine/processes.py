@@ -13,8 +13,8 @@ import threading
 import torch
 import torch.distributed as dist
 
-# Our choice: seconds that processes wait for each other at the start. PyTorch tries twice to reach
-# a first process that never listens, so the others give up after about twice as long then.
+# Our choice: seconds that processes wait for each other at the start. If the first one never
+# listens, PyTorch tries twice to reach it, so the others wait about twice as long.
 RENDEZVOUS = 60
 PATIENCE = datetime.timedelta(hours=6)  # the longest wait later: the first process evaluates alone
 
@@ -86,7 +86,7 @@ def leave():
 
 
 def abandon():
-    """Leave without a word, after an error: a process that leaves this to its end may abort."""
+    """Leave without waiting for the others; a process that ends without leaving may abort."""
     if place()[1] > 1:
         dist.destroy_process_group()
 

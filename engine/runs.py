@@ -408,7 +408,7 @@ class Run:
         self.seconds, self.cpu_seconds = state["seconds"], state["cpu_seconds"]
         if state["surroundings"] != surroundings():
             self.note(f"{state['surroundings']} is now {surroundings()}: last bits may differ")
-        while self.kept[-1] != os.path.basename(path):  # another future than theirs begins here
+        while self.kept[-1] != os.path.basename(path):  # the run will differ from these now
             for old in (self.path(self.kept.pop()), self.path("summary.json")):
                 if os.path.lexists(old) and not trainer.rank:
                     os.rename(old, free_name(*os.path.split(f"{old}.abandoned")))
@@ -442,7 +442,7 @@ class Signals(contextlib.ExitStack):
 
     The first one is noted, and the second ends the process. exit_code is 0, and after a signal 130,
     143 or 129. Ending at once is safe: what was being written still has its temporary name.
-    quiet: of several processes only one speaks.
+    quiet: write nothing, because another process does.
     """
 
     def __init__(self, quiet=False):

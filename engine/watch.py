@@ -255,7 +255,7 @@ def compare(folders, out=""):
 # An episode.
 
 
-def moments(config, options, agent, make_env, judge):
+def episode(config, options, agent, make_env, judge):
     """Play an episode, always the same one, and yield each moment of it.
 
     A moment has head, picture, outcome (empty while it goes on), item (prompt, phrases), value
@@ -276,7 +276,7 @@ def moments(config, options, agent, make_env, judge):
         policy, *_ = moment.policies.values()
         moment.choice = [ppo.sample(policy, rng), int(policy.argmax())][bool(options.greedy)]
         choice = yield moment
-        if choice is not None:  # of a world that forgets its seed, it may be too large
+        if choice is not None:  # too large if a world forgets its seed
             moment.choice = min(choice, len(moment.item[1]) - 1)
         obs, reward, done, cut, info = ppo.act(env, info, moment.choice)
         total += config.gamma ** steps * float(reward)
@@ -372,7 +372,7 @@ def show(config, options, agent, make_env):
             policies["untrained"] = agent.log_probs([item])[0]
         return agent.values([item]).item(), policies
 
-    begin = functools.partial(moments, config, options, agent, make_env, judge)
+    begin = functools.partial(episode, config, options, agent, make_env, judge)
     if options.gif:
         runs.write_bytes(options.gif, animation(begin(), options.delay or 1.5))
         say(f"-> {options.gif}")

@@ -28,8 +28,8 @@ import re
 import sys
 import traceback
 
-# Paper, section 4.4: a prompt ends on a cue for the next step. The wording is ours, prompts.CUE.
-CUE = "Your next step is to"
+from prompts import CUE
+
 LONGEST = 2000  # our choice: characters of a world's text in a prompt; the newest are kept
 ENDLESS = 10_000  # our choice: steps of an episode after which it is taken to have no end
 OURS = (__file__, importlib.__file__, "<frozen importlib")  # this file and Python's importer

@@ -548,7 +548,7 @@ class Chat(twosome.Agent):
                 [{"role": "user", "content": prompt}], add_generation_prompt=True,
                 return_dict=True)["input_ids"]
             tails = tuple(map(tuple, twosome.encode(self.tokenizer, list(phrases))))
-            tokens, = twosome.trie.token_log_probs(self.model, [(tuple(opening), tails)])
+            tokens, = trie.token_log_probs(self.model, [(tuple(opening), tails)])
             seams = (0,) * len(tails)
             policies.append(twosome.policy(tokens, tails, seams, phrases, self.normalization))
         return policies

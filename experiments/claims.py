@@ -12,8 +12,7 @@ arguments, and runs in a process of its own on one core. When it has finished, i
 file (records.py), which the report (tables.py, report.py) reads:
 experiments/results/runs/NAME.json; a job whose file exists is skipped, so a campaign that was
 stopped goes on where it was, on another machine as well. The runs themselves lie in runs/claims;
-where one is missing that a job looks at (transfer, reworded, retention, ability), it is trained
-anew.
+a job that looks at one (transfer, reworded, retention, ability) trains it anew if it is missing.
 
 A job of kind learn is the README's own command, `python twosome.py --env E --task T ...`. How the
 settings were chosen is told in jobs.py; the seeds reported here are 1 to 5, of FrozenLake 1 to 10.
@@ -23,6 +22,7 @@ import collections
 import concurrent.futures
 import csv
 import dataclasses
+import functools
 import json
 import os
 import resource
@@ -147,8 +147,6 @@ def read_curve(path):
 
 def play(agent, env, task, episodes, seed=0):
     """Return means and intervals of an agent's episodes on a task, at the world's own gamma."""
-    import functools
-
     import ppo
     from engine import command
     make_env = functools.partial(envs.make, env, task=task)

@@ -28,9 +28,7 @@ def write_json(path, value):
     """Write JSON, one line a key, under a temporary name first: a kill leaves the old file."""
     lines = (f"{json.dumps(key)}: {json.dumps(shortened(item))}" for key, item in value.items())
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(f"{path}.tmp", "w") as file:
-        file.write("{" + ",\n".join(lines) + "}\n")
-    os.replace(f"{path}.tmp", path)
+    write_text(path, "{" + ",\n".join(lines) + "}\n")
 
 
 def shortened(value):

@@ -4,8 +4,8 @@
 
 Measured on real English: the prose of the manuals of three packages that the requirements pin,
 NumPy, Matplotlib and Gymnasium, as it stands in their docstrings, plain sentences alone. The files
-are read and never imported, and SHA256 pins what comes out. With pocket_lm, whose vocabulary
-is that of a home, also on lines of the kind of text it was made from, of a seed that it never saw.
+are read and never imported, and SHA256 pins what comes out. pocket_lm knows only the words of a
+home, so it is also measured on lines of its own kind of text, of a seed that it never saw.
 
     perplexity    exp of the mean of -log P(token | those before it), in windows of 512 tokens
     KL            the mean over tokens of KL(base || trained), in nats a token
@@ -83,7 +83,7 @@ def real_text():
 
 def own_lines(count=1500, seed=1_000_003):
     """Return lines of the kind that pocket_lm was made from, of a seed that it never saw."""
-    path = os.path.join(os.path.dirname(twosome.models.__file__), "..", "pocket_lm", "pretrain.py")
+    path = os.path.join(twosome.models.locate("pocket_lm"), "pretrain.py")
     spec = importlib.util.spec_from_file_location("pretrain", path)
     pretrain = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(pretrain)

@@ -115,7 +115,7 @@ def random_result(found, task):
 
 
 def judged_from(found, things):
-    """Return the tasks or runs, or none while chance, from which 90 % is told, is not measured."""
+    """Return the tasks or runs, or none while chance is not measured: 90 % is counted from it."""
     return things if select(found, "random") else ()
 
 
@@ -138,8 +138,8 @@ def returns(runs):
 def points(run, *axes):
     """Return arrays of a run's returns, and along `axes`, where a hundred episodes have ended.
 
-    A point is the mean of the last hundred. Before that, it is of a few episodes, and one lucky
-    first episode would count as 90 % of the way. The first point is the untrained policy, measured.
+    A point is the mean of the last hundred, less those that wait for an older one (ppo.Episodes).
+    Earlier, one lucky episode would count as 90 % of the way. The first is the untrained policy.
     """
     columns = run["curve"]
     rows = [k for k, (count, value) in enumerate(zip(columns["episodes"], columns["return"],
@@ -749,26 +749,26 @@ def efficient(found, model):
 
     While a baseline is not measured, the verdict is only how it stands so far.
     """
-    judged, others, met, missing = [], [], set(), set()
+    judged, others, missing = [], [], set()
     for task in judged_from(found, TASKS):
         lines = methods(found, model, task)
         if "TWOSOME, word" not in lines:
+            missing.add("TWOSOME, word")
             continue
         ours = ways(found, task, lines["TWOSOME, word"])
         rivals = {"PPO, equal", "PPO, tuned"}
         rivals |= {"PPO, published"} if TASKS[task] == "virtualhome" else set()  # its γ is no help
         rivals |= {"TWOSOME, random weights"} if model == "pocket_lm" or task in SHORT else set()
-        met |= rivals & {*lines}
-        missing |= rivals - {*lines}
+        untrained = untrained_rivals(found, model, task)
+        missing |= (rivals | {"the untrained LLM"}) - {*lines, *untrained}
         missing |= set() if select(found, "saycan", model=model, task=task) else {"SayCan-style"}
-        for label in rivals & {*lines}:
-            judged.append((f"{task} against {label}",
-                           sooner(ours, ways(found, task, lines[label]))))
+        judged += [(f"{task} against {label}", sooner(ours, ways(found, task, lines[label])))
+                   for label in rivals & {*lines}]
         # What is not trained is either there from the first step on, or never.
         others += [(f"{task} against {label}",
                     ours[2].all() and scaled(found, task, result["return"]) < 0.9)
-                   for label, result in untrained_rivals(found, model, task).items()]
-    if not met:  # that the untrained LLM never gets there is no news
+                   for label, result in untrained.items()]
+    if not judged:  # that the untrained LLM never gets there is no news
         return "-", "not measured"
     text, verdict = verdict_of(sorted(judged, key=lambda pair: pair[0]))
     if others:
@@ -777,7 +777,7 @@ def efficient(found, model):
         more, *others = more.split("; ")
         text = "; ".join([f"{held} trained, {more} not trained", *names, *others])
         verdict = min(verdict, second, key=("no", "open", "yes").index)
-    if judged and missing:
+    if missing:
         text += f"; not measured everywhere: {', '.join(sorted(missing))}"
         verdict = f"{verdict}, so far"
     return text, verdict

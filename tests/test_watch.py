@@ -115,7 +115,7 @@ def moments(task="tomato-salad", greedy=True, **options):
     """Return the generator of an episode's moments, played by `judge`."""
     (env, task), = command.tasks_named(None, task)
     config = command.Config(env=env, task=task, gamma=envs.make(env, task=task).gamma)
-    return watch.moments(config, SimpleNamespace(greedy=greedy, folder="x"), Uniform(),
+    return watch.episode(config, SimpleNamespace(greedy=greedy, folder="x"), Uniform(),
                          lambda: envs.make(env, task=task, **options), judge)
 
 
@@ -241,7 +241,7 @@ def test_another_choice_is_another_future():
     assert "@T" in "".join(moment.picture)
     with pytest.raises(FloatingPointError):
         policies = {"trained": torch.full((5,), torch.nan)}
-        next(watch.moments(command.Config(task="x"), SimpleNamespace(greedy=True), Uniform(),
+        next(watch.episode(command.Config(task="x"), SimpleNamespace(greedy=True), Uniform(),
                            lambda: envs.make("overcooked"), lambda item: (0.0, policies)))
 
 
@@ -249,7 +249,7 @@ def test_an_episode_without_an_end_is_shown_for_200_actions(lake):
     config = command.Config(env=lake, task="Lake")
     still = SimpleNamespace(greedy=True)
     endless = worlds.make_world(lake, {"mode": "endless"})
-    source = watch.moments(config, still, Uniform(), endless,
+    source = watch.episode(config, still, Uniform(), endless,
                            lambda item: (0.0, {"untrained": torch.tensor([0.0, -9.0])}))
     assert sum(not moment.outcome for moment in source) == 201
 
@@ -264,7 +264,7 @@ def test_the_end_of_the_200th_action_is_shown():
             self.steps += 1
             return None, 0.0, False, self.steps == 200, {"prompt": "To", "actions": ["go"]}
 
-    *_, last = watch.moments(command.Config(), SimpleNamespace(greedy=True), Uniform(),
+    *_, last = watch.episode(command.Config(), SimpleNamespace(greedy=True), Uniform(),
                              lambda: worlds.World(Long()),
                              lambda item: (0.0, {"untrained": torch.tensor([0.0])}))
     assert last.outcome == "not solved"
