@@ -392,8 +392,9 @@ def means(rows, names):
 class Episodes:
     """Returns and successes of the last hundred episodes (our choice), in the order they began.
 
-    An episode counts once all that began before it have ended (our choice). Otherwise the first
-    points of a curve would hold only the episodes that end early, and these are mostly successes.
+    An episode counts once all that began before it have ended (our choice). The first ones, which
+    begin together, count once all of them have ended. Otherwise the first points of a curve would
+    hold only the episodes that end early, and these are mostly successes.
     """
 
     def __init__(self, num_envs, gamma):
@@ -420,7 +421,8 @@ class Episodes:
 
     def means(self):
         """Return counts and means, and forget older episodes; NaN before the first has ended."""
-        first = self.began.min()  # the oldest one that still goes on
+        # The number of the oldest one that still goes on. None counts while it is one of the first.
+        first = self.began.min() if self.began.min() >= len(self.began) else -1
         counted = sorted(row for row in self.ended if row[0] < first)[-100:]
         self.ended = counted + [row for row in self.ended if row[0] > first]
         _, value, success, length = np.mean(counted or [[np.nan] * 4], axis=0).tolist()

@@ -434,19 +434,18 @@ def train(config, run, agent, make_env, which="last"):
     trainer = Trainer(make_env, agent, config, config.seed)
     if run.resumed:
         run.restore(agent, trainer, which)
-    report, stop = watch.Report(config, run, trainer, make_env), 0
+    report = watch.Report(config, run, trainer, make_env)
     with runs.Signals(quiet=trainer.rank > 0) as signals:
         report.begin(agent)
         with report:
-            while trainer.updates < trainer.total_updates:
+            # A signal may reach one process alone, but all must stop at the same update.
+            stop = max(processes.gather(signals.exit_code))
+            while not stop and trainer.updates < trainer.total_updates:
                 report.log(trainer.iterate())  # rollout and update: ppo.PPO
-                # A signal may reach one process alone, but all must stop at the same update.
                 stop = max(processes.gather(signals.exit_code))
                 done = trainer.updates == trainer.total_updates
                 if trainer.updates % config.checkpoint_every == 0 or done or stop:
                     report.checkpoint(agent)
-                if stop:
-                    break
         processes.leave()
         return report.stopped(stop) if stop else report.finish(agent)
 

@@ -237,7 +237,7 @@ def compare(folders, out=""):
         config, *drawn = read_run(folder)
         key = str({**vars(config), "seed": 0, "out": "", "device": ""})
         groups.setdefault(key, []).append((clean(folder[-34:]), *drawn))
-    say(f"{'':34} seeds  untrained  last 100 episodes (low to high)  success")
+    say(f"{'':34}  runs  untrained  last 100 episodes (low to high)  success")
     for group in groups.values():
         rows = np.stack([table[[0, -1]] for _, table, _ in group])  # [seeds, 2]
         untrained, last = rows["return"].T

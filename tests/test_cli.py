@@ -193,6 +193,25 @@ def test_a_finished_run_is_left_alone(finished, capfd):
     assert (rows(finished[0], leave_out=()), read_json(finished[0], "summary.json")) == before
 
 
+def test_a_signal_while_the_untrained_llm_is_measured_stops_before_an_update(
+        tmp_path, monkeypatch, capfd):
+    folder, measure = str(tmp_path / "run"), command.measure
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        return measure(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("engine.watch.measure", interrupted)
+        assert twosome.main(["--env", "overcooked", "--out", folder, *TINY]) == 143
+    assert [row["update"] for row in rows(folder)] == ["0"]
+    printed = capfd.readouterr()
+    assert "stopped after update 0 of 2; go on with: python twosome.py --resume" in printed.out
+    assert "no curve.png" not in printed.err
+    assert twosome.main(["--resume", folder]) == 0
+    assert [row["update"] for row in rows(folder)] == ["0", "1", "2"]
+
+
 def test_a_finished_run_that_goes_on_from_before_its_end_is_evaluated_again(tmp_path):
     folder = tmp_path / "run"
     assert twosome.main([*SMALL, "--checkpoint-every", "1", "--out", str(folder)]) == 0

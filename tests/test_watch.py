@@ -566,7 +566,7 @@ def test_compare_prints_a_table_and_draws_seeds_as_a_band(finished, figures, tmp
     flags = ["--compare", finished.one, finished.two, finished.other, "--out", str(path)]
     assert twosome.main(flags) == 0
     header, seeds, other, arrow = capfd.readouterr().out.splitlines()
-    assert header.split() == "seeds untrained last 100 episodes (low to high) success".split()
+    assert header.split() == "runs untrained last 100 episodes (low to high) success".split()
     tables = [watch.read_run(folder)[1] for folder in (finished.one, finished.two)]
     last = [table["return"][-1] for table in tables]
     assert seeds.split()[1:4] == ["2", f"{np.mean([table['return'][0] for table in tables]):.4f}",
