@@ -400,9 +400,10 @@ class Episodes:
     def __init__(self, num_envs, gamma):
         """Begin one episode in each environment."""
         self.gamma = gamma
-        self.began = np.arange(num_envs)  # number of the episode that runs in each environment
-        self.returns = np.zeros(num_envs)  # its return so far, discounted for each primitive step
-        self.lengths = np.zeros(num_envs)  # its primitive steps so far
+        # Number of the episode that runs in each environment; 0 for all that begin here.
+        self.began = np.zeros(num_envs)
+        # Its return so far, discounted for each primitive step, and its primitive steps so far.
+        self.returns, self.lengths = np.zeros((2, num_envs))
         self.ended = []  # rows of number, return, success, primitive steps
         self.count = self.primitive_steps = 0
 
@@ -421,11 +422,11 @@ class Episodes:
 
     def means(self):
         """Return counts and means, and forget older episodes; NaN before the first has ended."""
-        # The number of the oldest one that still goes on. None counts while it is one of the first.
-        first = self.began.min() if self.began.min() >= len(self.began) else -1
-        counted = sorted(row for row in self.ended if row[0] < first)[-100:]
-        self.ended = counted + [row for row in self.ended if row[0] > first]
-        _, value, success, length = np.mean(counted or [[np.nan] * 4], axis=0).tolist()
+        first = self.began.min()  # the oldest one that still goes on
+        whole = [row for row in self.ended if row[0] < first]
+        counted = sorted(whole, key=lambda row: row[0])[-100:]
+        self.ended = counted + [row for row in self.ended if row[0] >= first]
+        _, value, success, length = np.mean(counted or [[np.nan] * 4], axis=0)
         return {"primitive_steps": self.primitive_steps, "episodes": self.count,
                 "return": value, "success": success, "episode_steps": length}
 

@@ -421,7 +421,8 @@ def build(config):
 
 def load(folder, which="last", env=""):
     """Return (agent, make_env) of a run's checkpoint. A world of your own is named again in env."""
-    agent, make_env = build(command.config_of(folder, {"env": env} if env else {}))
+    given = {"env": env} if env else {}
+    agent, make_env = build(command.config_of(folder, given))
     runs.load_agent(folder, agent, which)
     return agent, make_env
 
@@ -441,7 +442,8 @@ def train(config, run, agent, make_env, which="last"):
             # A signal may reach one process alone, but all must stop at the same update.
             stop = max(processes.gather(signals.exit_code))
             while not stop and trainer.updates < trainer.total_updates:
-                report.log(trainer.iterate())  # rollout and update: ppo.PPO
+                # Rollout and update: ppo.PPO.
+                report.log(trainer.iterate())
                 stop = max(processes.gather(signals.exit_code))
                 done = trainer.updates == trainer.total_updates
                 if trainer.updates % config.checkpoint_every == 0 or done or stop:
@@ -508,7 +510,8 @@ def dispatch(argv, gate):
     if options.eval is not None:
         return evaluation(config, options, agent)
     if options.watch is not None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # give the terminal back first
+        # Give the terminal back first.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         return watch.show(config, options, agent, make_env)
     # Only the first process makes the folder and holds its lock; the others follow it.
     if not gate.run and not rank:
