@@ -413,8 +413,8 @@ class Episodes:
             self.returns += self.gamma ** self.lengths * rollout.rewards[t].numpy()
             self.lengths += rollout.durations[t].numpy()
             for n in np.flatnonzero(ended):
-                row = self.began[n], self.returns[n], rollout.successes[t, n], self.lengths[n]
-                self.ended.append(list(map(float, row)))
+                success = rollout.successes[t, n].item()
+                self.ended.append((self.began[n], self.returns[n], success, self.lengths[n]))
                 self.began[n] = self.began.max() + 1
                 self.count += 1
             self.returns[ended] = self.lengths[ended] = 0.0
