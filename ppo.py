@@ -143,7 +143,7 @@ class Config:
         samples = self.num_envs * self.rollout_steps
         if (min(samples, self.minibatch, self.critic_minibatch, self.epochs) < 1
                 or samples % self.minibatch):
-            raise PPOError(f"sizes are at least 1, and minibatch divides the {samples} samples")
+            raise PPOError(f"sizes are > 0; minibatch divides num_envs x rollout_steps = {samples}")
         if self.steps < samples:
             raise PPOError(f"steps is {self.steps}, less than one rollout of {samples} samples")
 

@@ -500,7 +500,7 @@ def test_a_presets_minibatch_is_at_most_a_rollout():
     assert command.parse(["--num-envs", "2"])[0].minibatch == 64
     assert command.parse(["--model", "smollm2", "--num-envs", "4"])[0].minibatch == 128
     assert command.parse(["--num-envs", "2", "--minibatch", "32"])[0].minibatch == 32
-    with pytest.raises(ppo.PPOError, match="= 64 samples"):
+    with pytest.raises(ppo.PPOError, match="rollout_steps = 64$"):
         command.parse(["--num-envs", "2", "--minibatch", "128"])
 
 
