@@ -342,6 +342,8 @@ def quiet_table(found, model):
         lines = {"TWOSOME, word": learned(found, model, task, "word", "quiet")}
         for form in ("equal", "tuned"):
             lines[f"PPO, {form}"] = select(found, "ppo", task=task, form=form, variant="quiet")
+        if not lines["TWOSOME, word"]:
+            continue  # a rival alone compares with nothing
         for label, runs in lines.items():
             for run in runs:
                 *ends, there = reached(found, task, run, ("primitive_steps", "seconds",
