@@ -421,7 +421,7 @@ class Episodes:
         self.primitive_steps += int(rollout.durations.sum())
 
     def means(self):
-        """Return counts and means, and forget older episodes; NaN before the first has ended."""
+        """Return counts and means, and forget older episodes; NaN before the first have ended."""
         first = self.began.min()  # the oldest one that still goes on
         whole = [row for row in self.ended if row[0] < first]
         counted = sorted(whole, key=lambda row: row[0])[-100:]

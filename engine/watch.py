@@ -96,7 +96,7 @@ class Report(contextlib.ExitStack):
                 RecordWriter(file).write(event.SerializeToString())
         if row["update"]:
             best = f" of {self.best:.3f}" if self.best is not None else ""
-            # There is no mean before the first episode has ended.
+            # There is no mean before the first episodes have ended.
             told = "return {return:.3f}{best}, success {success:.0%}, entropy {entropy:.2f}"
             self.bar.set_postfix_str(told.format(**row, best=best).replace("nan", "-"), False)
             self.bar.update()
