@@ -292,7 +292,8 @@ class Campaign:
             try:
                 for count, future in enumerate(concurrent.futures.as_completed(futures), 1):
                     future.result()
-                    shown.update(futures[future].minutes)
+                    # Rounding must not take the sum beyond the total.
+                    shown.update(min(futures[future].minutes, total - shown.n))
                     shown.set_postfix_str(f"{count} of {len(left)}, {futures[future].name}")
             except KeyboardInterrupt:
                 self.stop(pool)
@@ -368,8 +369,9 @@ def parse(argv):
     """Return the options of a command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     quick = "--quick" in (sys.argv[1:] if argv is None else argv)
+    left_out = jobs.NOT_QUICK if quick else jobs.ON_REQUEST
     parser.add_argument("--only", nargs="+", choices=GROUPS, help="measure these parts alone",
-                        default=[name for name in GROUPS if name not in jobs.ON_REQUEST])
+                        default=[name for name in GROUPS if name not in left_out])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS[:1 + (not quick)])
     parser.add_argument("--tasks", nargs="+", choices=TASKS,
                         default=SHORT if quick else list(TASKS))
@@ -382,7 +384,7 @@ def parse(argv):
     parser.add_argument("--retention", metavar="RUN", help="measure what a run's LLM keeps")
     for flag in ("--work", "--job"):
         parser.add_argument(flag, help=argparse.SUPPRESS)
-    for flag, value in (("--episodes", 0), ("--steps", 2048)):
+    for flag, value in (("--episodes", 0), ("--steps", 1024)):
         parser.add_argument(flag, type=int, default=value, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.jobs < 1:

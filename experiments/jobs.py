@@ -43,7 +43,7 @@ def learn_job(options, model, norm, task, seed, variant="", change="", **flags):
     arguments = {"env": TASKS[task], "task": task, "model": model, "norm": norm, "seed": seed}
     minutes = LEARN[model][task]
     if options.quick:
-        arguments["steps"], minutes = options.steps, minutes / 8
+        arguments["steps"] = options.steps
     arguments["episodes"] = options.episodes or 100
     if variant:
         arguments |= {"variant": variant, "change": change, "flags": flags}
@@ -73,7 +73,7 @@ def vector_job(options, form, task, seed, name="", minutes=3.0, **more):
         arguments["settings"] = {**TUNED[task], "steps": SEARCH_STEPS[TASKS[task]]}
     arguments.update(more)
     if options.quick:
-        arguments["settings"], minutes = {**arguments.get("settings", {}), "steps": 4096}, 0.1
+        arguments["settings"] = {**arguments.get("settings", {}), "steps": 4096}
     return Job(f"ppo-{name or form}-{task}-{seed}", "ppo", arguments, minutes)
 
 
@@ -231,18 +231,20 @@ def prompt_jobs(options):
     """Each principle broken, untrained and learning; uneven phrases; other wordings."""
     short = [task for task in options.tasks if task in SHORT]
     seeds = options.seeds[:3]
+    # A quick look trains under our own wording alone.
+    trained = [] if options.quick else [*itertools.product(short, seeds)]
     found = [untrained_job(options, model, "word", task, variant)
              for variant in (*PRINCIPLES, *REWORDINGS)
              for model in options.models for task in options.tasks]
     if "smollm2" in options.models:  # pocket_lm has no chat template
         found += [untrained_job(options, "smollm2", "word", task, "chat") for task in options.tasks]
     found += [learn_job(options, "pocket_lm", "word", task, seed, variant, variant)
-              for variant in PRINCIPLES for task in short for seed in seeds]
+              for variant in PRINCIPLES for task, seed in trained]
     for norm in ("word", "token", "sum"):
         found += [untrained_job(options, model, norm, task, "uneven")
                   for model in options.models for task in options.tasks]
         found += [learn_job(options, "pocket_lm", norm, task, seed, "uneven", "uneven")
-                  for task in short for seed in seeds]
+                  for task, seed in trained]
     for model, task, seed in itertools.product(options.models, options.tasks, seeds):
         learned = learn_job(options, model, "word", task, seed)
         found.append(of_run("reworded", learned, 4 * PLAY[model]))
@@ -340,9 +342,14 @@ GROUPS = {"learning": learning_jobs, "transfer": transfer_jobs,
 # Left out unless they are asked for: the search belongs before a campaign, and the wall-clock needs
 # the whole machine.
 ON_REQUEST = ("tuning", "quiet")
+# A quick look leaves out these as well, and some of the runs of the others.
+NOT_QUICK = (*ON_REQUEST, "holding", "ablations")
 
 
 def table_of_jobs(options):
     """Return the jobs of the groups chosen, each once: first the runs, which others look at."""
     found = [job for name in options.only for job in GROUPS[name](options)]
+    if options.quick:  # a job is little more than its start, and a run has two
+        found = [dataclasses.replace(job, minutes=0.3 if job.kind == "learn" else 0.15)
+                 for job in found]
     return sorted({job.name: job for job in found}.values(), key=lambda job: job.kind != "learn")

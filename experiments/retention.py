@@ -101,10 +101,14 @@ def windows(tokenizer, text, tokens):
     return [torch.tensor([ids[i:i + WINDOW]]) for i in range(0, len(ids) - 1, WINDOW)]
 
 
-def whole_lines(tokenizer, lines):
-    """Return each line as pocket_lm learned it, from <s> to </s>: a list of [1, S]."""
-    return [torch.tensor([ids + [tokenizer.eos_token_id]])
-            for ids in tokenizer(lines)["input_ids"]]
+def whole_lines(tokenizer, lines, tokens=None):
+    """Return each line as pocket_lm learned it, from <s> to </s>: a list of [1, S].
+
+    With `tokens`, return the first lines, which together have about so many.
+    """
+    rows = [torch.tensor([ids + [tokenizer.eos_token_id]]) for ids in tokenizer(lines)["input_ids"]]
+    before = np.cumsum([0] + [row.numel() for row in rows[:-1]])
+    return [row for row, read in zip(rows, before, strict=True) if not tokens or read < tokens]
 
 
 @torch.no_grad()
@@ -170,7 +174,7 @@ def measure(folder, tokens=None):
     agent, _ = twosome.load(folder)
     rows = {"real": windows(agent.tokenizer, real_text(), tokens or TOKENS)}
     if twosome.runs.read_config(folder)["model"] == "pocket_lm":
-        rows["own"] = whole_lines(agent.tokenizer, own_lines())
+        rows["own"] = whole_lines(agent.tokenizer, own_lines(), tokens)
     return {"text": {**PACKAGES, "sha256": SHA256},
             **{name: compare(agent.model, some) for name, some in rows.items()}}
 

@@ -163,6 +163,17 @@ def test_a_report_without_anything_stored_is_one_line(tmp_path, capsys):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_quick_look_is_a_part_of_the_whole_that_trains_little():
+    whole = {job.name for job in jobs.table_of_jobs(claims.parse([]))}
+    quick = jobs.table_of_jobs(claims.parse(["--quick"]))
+    assert {job.name for job in quick} <= whole and 50 < len(quick) < 70
+    trained = [job for job in quick if job.kind == "learn"]
+    assert len(trained) < 20 and {job.arguments["steps"] for job in trained} == {1024}
+    assert all(job.minutes <= 0.3 for job in quick)
+    asked = jobs.table_of_jobs(claims.parse(["--quick", "--only", "ablations"]))
+    assert {"rank-1", "head-alone"} <= {job.arguments["variant"] for job in asked}
+
+
 # -----------------------------------------------------------------------------
 # A campaign, whole.
 
@@ -790,6 +801,17 @@ def test_the_interval_of_the_perplexity_counts_tokens_as_its_middle_does():
                               {"trained": [0.0]}, counts)
     low, high = facts["trained"]["change_interval"]
     assert low == pytest.approx(high) == pytest.approx(100 * math.expm1(0.1))
+
+
+def test_a_quick_look_reads_few_lines():
+    tokenizer = twosome.models.load("pocket_lm")[1]
+    lines = retention.own_lines(count=8)
+    rows = retention.whole_lines(tokenizer, lines)
+    lengths = np.cumsum([row.numel() for row in rows])
+    for tokens, count in ((1, 1), (lengths[0], 1), (lengths[0] + 1, 2), (lengths[-1], 8)):
+        few = retention.whole_lines(tokenizer, lines, tokens)
+        assert len(few) == count
+        assert all(map(torch.equal, few, rows))
 
 
 def test_perplexity_and_kl_are_the_definitions():
