@@ -358,18 +358,17 @@ class Agent:
         """Return V(d) of each item: float32 [B]. Gradients reach the MLP alone."""
         return self.critic(self.features([prompt for prompt, _ in items]))[:, 0]
 
-    def drift(self, turn, part=slice(None)):
+    def drift(self, turn):
         """Return KL(base || policy) in nats a token, over two of 128 texts that the base wrote.
 
         Our choice: it keeps what the LLM knows where the reward is silent. The base's own texts
         need no data, and they are where it is at home. A turn takes the next two of them.
-        `part` selects some of the two: then return what these add to the mean.
         """
         pairs = self.own_texts()  # [64, 2, S]
         pair = pairs[turn % len(pairs)]
         with torch.no_grad(), self.model.disable_adapter():
-            base = self.model(input_ids=pair[part], use_cache=False).logits.float().log_softmax(-1)
-        here = self.model(input_ids=pair[part], use_cache=False).logits.float().log_softmax(-1)
+            base = self.model(input_ids=pair, use_cache=False).logits.float().log_softmax(-1)
+        here = self.model(input_ids=pair, use_cache=False).logits.float().log_softmax(-1)
         return (base.exp() * (base - here)).sum() / pair.numel()  # a mean over [2, S]
 
     def tree(self, item):

@@ -115,8 +115,7 @@ def load(name, dtype="auto", device="auto", load_in=""):
     if load_in not in ("", "8bit", "4bit"):
         raise ModelError(f"unknown --load-in {load_in!r}; choose 8bit or 4bit, or leave it empty")
     device, folder = choose_device(device), locate(name)
-    if os.path.isfile(folder):
-        folder = converted(folder)
+    folder = converted(folder) if os.path.isfile(folder) else folder
     with explained(f"{folder!r} cannot be used"):  # perhaps a GGUF file's copy
         folder = pathlib.Path(folder if os.path.isdir(folder) else download(folder))
         bits = transformers.BitsAndBytesConfig(**{f"load_in_{load_in}": True}) if load_in else None

@@ -2,9 +2,8 @@
 
 `Trainer` is ppo.PPO with a few methods overridden:
 
-    rollout            gather the rollouts of several processes into one
-    log_probs          score a share of what the environments of all processes show
-    hold               take a share of the texts on which the policy is held to its beginning
+    play               act, and score a share of what the environments of all processes show
+    hold               let the first process alone hold the policy to its beginning
     policy_gradient    take a share of a minibatch, in parts, and add up the gradients
     step               leave out a step whose gradient is not finite, and count it
     state_dict, load_state_dict    what a checkpoint needs for a bit-for-bit continuation
@@ -50,8 +49,8 @@ class Trainer(ppo.PPO):
         """Keep this process's share of the environments."""
         self.rank, self.world = place()
         super().__init__(make_env, agent, config, seed)
-        self.size = config.num_envs // self.world  # environments of this process
-        self.share = slice(self.rank * self.size, (self.rank + 1) * self.size)
+        size = config.num_envs // self.world  # environments of this process
+        self.share = slice(self.rank * size, (self.rank + 1) * size)
         self.envs, self.rngs, self.now = (x[self.share] for x in (self.envs, self.rngs, self.now))
         self.skipped, self.in_a_row = 0, {"policy": 0, "critic": 0}
 
@@ -59,38 +58,40 @@ class Trainer(ppo.PPO):
         """Run one iteration. Its metrics count the steps that were left out, too."""
         return {**super().iterate(), "skipped": self.skipped}
 
-    def rollout(self):
-        """Act, and join the rollouts of all processes, environments side by side."""
-        self.scores = {}  # the policy has moved since the last rollout
-        known = getattr(self.agent, "known", {}) if self.world > 1 else {}
-        before = {*known}
-        parts = [vars(part).values() for part in gather(super().rollout())]
-        # Each process has read what its own environments show; the update asks for all of it.
-        for theirs in gather({key: known[key] for key in known if key not in before}):
-            known.update(theirs)
-        items, *columns = zip(*parts, strict=True)
-        rows = (each[n:n + self.size] for n in range(0, len(items[0]), self.size) for each in items)
-        joined = ppo.Rollout(sum(rows, []), *(torch.cat(column, 1) for column in columns))
-        for name in ("rewards", "values", "next_values"):
-            if not torch.isfinite(getattr(joined, name)).all():
-                raise FloatingPointError(f"the {name} of a rollout are not finite")
-        return joined
+    def play(self):
+        """With several processes, share the work. Returns the actions of all of them.
 
-    def log_probs(self, items):
-        """Score what the environments of all processes show, a new item in one process alone."""
-        # Not a set, whose order differs between processes.
-        new = [*dict.fromkeys(x for x in sum(gather(items), []) if x not in self.scores)]
-        mine = new[self.rank * len(new) // self.world:(self.rank + 1) * len(new) // self.world]
-        # Scores travel through the CPU, because a process cannot read another one's GPU.
-        own = [log_pi.cpu() for log_pi in (mine and self.agent.log_probs(mine))]
-        scores = sum(gather(own), []) if new else []
-        self.scores.update(zip(new, scores, strict=True))
-        return [self.scores[item] for item in items]
+        Let each environment go on by itself until it shows an item that has no score yet. Then
+        score what they show: as many items at once as can be, and each in one process alone.
+        """
+        if self.world == 1:
+            return super().play()
+        T, scores, known = self.config.rollout_steps, {}, getattr(self.agent, "known", {})
+        before, taken = {*known}, [[] for _ in self.envs]
+        new = items = [self.agent.describe(*told) for told in self.now]
+        while new:
+            for n, mine in enumerate(taken):
+                while len(mine) < T and items[n] in scores:
+                    mine.append(self.take(n, items[n], scores[items[n]]))
+                    items[n] = self.agent.describe(*self.now[n])
+            shown = [item for item, mine in zip(items, taken, strict=True) if len(mine) < T]
+            new = [*dict.fromkeys(sum(gather(shown), []))]  # a set's order differs by process
+            share = new[self.rank::self.world]
+            # Scores travel through the CPU, because a process cannot read another one's GPU.
+            own = [log_pi.cpu() for log_pi in (share and self.agent.log_probs(share))]
+            # Who scores one item less reads one more for the critic, if nobody has yet.
+            for item in new[self.world - 1 - self.rank::self.world]:
+                self.agent.values([item])
+            scores.update(sum(gather([*zip(share, own, strict=True)]), []))
+        # The update asks for all that any of them has read.
+        known.update(sum(gather([pair for pair in known.items() if pair[0] not in before]), []))
+        taken = sum(gather(taken), [])
+        return [each for step in zip(*taken, strict=True) for each in step], sum(gather(items), [])
 
     def hold(self, turn):
-        """Hold the policy on two texts. Of several processes, the first two take one text each."""
-        if self.rank < 2:
-            super().hold(turn, slice(self.rank, None, self.world))
+        """Hold the policy to its beginning in the first process, whose share is smaller for it."""
+        if self.rank == 0:
+            super().hold(turn)
 
     def policy_gradient(self, rollout, advantages, batch):
         """Compute this process's share of a minibatch in parts, and add up over all processes."""
@@ -114,7 +115,9 @@ class Trainer(ppo.PPO):
         sorted, because those that begin alike share what they begin with.
         """
         count = -(-self.config.gradient_accumulation // self.world)  # parts of each process
-        items = sorted(dict.fromkeys(rollout.items[i] for i in batch), key=repr)
+        # The first process also reads the texts of hold: our choice is that they stand for 8 items.
+        held = [None] * 8 if self.config.base_kl and self.world > 1 else []
+        items = held + sorted(dict.fromkeys(rollout.items[i] for i in batch), key=repr)
         part = {item: n * self.world * count // len(items) for n, item in enumerate(items)}
         mine = range(self.rank * count, (self.rank + 1) * count)
         split = [[i for i in batch.tolist() if part[rollout.items[i]] == n] for n in mine]

@@ -353,8 +353,7 @@ def screen(moment, width, height, foot=""):
         parts = (textwrap.wrap(escape(part), width) for part in moment.item[0].split("\n"))
         rest = ["", *sum(parts, [])[-max(4, height // 3):], "", *table]
     lines = [moment.head[:width], "", *moment.picture, *rest, foot]
-    if len(lines) > height:
-        lines = [line for line in lines if line]
+    lines = lines if len(lines) <= height else [line for line in lines if line]
     return lines[:1] + lines[1 + max(0, len(lines) - height):]
 
 

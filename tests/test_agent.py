@@ -132,18 +132,6 @@ def test_drift_is_the_definition_on_the_next_two_texts(agent):
             assert wanted > 0.01
 
 
-def test_the_drifts_of_two_processes_add_up_with_their_gradients(agent):
-    disturb(agent)
-    def gradient(*parts):
-        agent.model.zero_grad()
-        whole = sum(agent.drift(3, part) for part in parts)
-        whole.backward()
-        return whole.item(), torch.cat([p.grad.flatten() for p in agent.policy_parameters()])
-    (whole, wanted), (sums, added) = gradient(slice(None)), gradient(slice(0, None, 2), slice(1, 2))
-    assert sums == pytest.approx(whole, abs=1e-6) and whole > 0.01
-    assert wanted.abs().max() > 1e-4 and torch.allclose(added, wanted, atol=1e-6)
-
-
 def test_the_gradient_of_drift_reaches_the_adapter_alone_and_leads_back(agent):
     disturb(agent)
     optimizer = torch.optim.SGD(agent.policy_parameters(), lr=0.02)

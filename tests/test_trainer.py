@@ -87,6 +87,31 @@ def test_the_parts_of_a_minibatch_hold_every_sample_once_and_equal_items_togethe
     assert len(parts) > 1 and sum(map(len, owners)) == len(set.union(*owners))
 
 
+@pytest.mark.parametrize("penalty, fewer", [(0.0, 0), (1.0, 8)])
+def test_two_processes_share_a_minibatch_and_the_one_that_holds_gets_less(penalty, fewer):
+    """The first also reads the texts of the penalty, which take as long as eight items."""
+    learner = trainer.Trainer(Corridor, MLP(4, 2), CONFIG, seed=1)
+    learner.config = dataclasses.replace(CONFIG, base_kl=penalty)
+    learner.world = 2
+    rollout = learner.rollout()
+    rollout.items = [n // 4 for n in range(128)]  # 32 different ones
+    shares = []
+    for learner.rank in (0, 1):
+        part, = learner.parts(rollout, torch.arange(128))
+        shares.append({rollout.items[i] for i in part})
+    assert shares[0] | shares[1] == {*range(32)} and not shares[0] & shares[1]
+    assert len(shares[1]) - len(shares[0]) == fewer
+
+
+def test_the_first_process_alone_holds_the_policy(monkeypatch):
+    turns = []
+    monkeypatch.setattr(ppo.PPO, "hold", lambda self, turn: turns.append((self.rank, turn)))
+    learner = trainer.Trainer(Corridor, MLP(4, 2), CONFIG, seed=1)
+    for learner.rank in (0, 1, 2):
+        learner.hold(5)
+    assert turns == [(0, 5)]
+
+
 def test_the_steps_are_those_of_all_environments():
     assert trainer.Trainer(Corridor, MLP(4, 2), CONFIG, seed=1).iterate()["steps"] == 128
 
