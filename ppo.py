@@ -7,9 +7,7 @@
 Read it from top to bottom. One iteration of training is, in this order,
 
     PPO.iterate              anneal, then
-      PPO.rollout            T steps in N environments, and the value of what they showed
-        PPO.play             describe and log_probs, for all environments at once
-        PPO.take             sample and act, in one environment
+      PPO.rollout            T steps in N environments: describe, log_probs, sample, act
       Episodes.add           follow the return of each episode
       gae                    advantages and returns; an action of tau steps discounts by gamma^tau
       PPO.update             epochs of minibatches, and for each of them
@@ -191,13 +189,13 @@ class Rollout:
     choices: torch.Tensor  # index of the action taken, among the admissible ones
     log_probs: torch.Tensor  # log pi of that action when it was taken
     entropies: torch.Tensor  # H(pi) when it was taken
+    values: torch.Tensor  # V(s_t)
+    next_values: torch.Tensor  # V(s_{t+1})
     rewards: torch.Tensor
     durations: torch.Tensor  # tau, in primitive steps
-    successes: torch.Tensor  # where an episode ended: whether it was solved
     terminated: torch.Tensor
     ended: torch.Tensor  # terminated, or cut by the time limit
-    values: torch.Tensor  # V(s_t)
-    next_values: torch.Tensor  # V(s_{t+1}); 0 if there is none
+    successes: torch.Tensor  # where an episode ended: whether it was solved
 
 
 class PPO:
@@ -259,54 +257,46 @@ class PPO:
     @torch.no_grad()
     def rollout(self):
         """Take T actions in each of the N environments. Returns a Rollout."""
-        taken, after = self.play()
-        items, *columns = zip(*taken, strict=True)
-        T, N = self.config.rollout_steps, self.config.num_envs
-        *columns, ended, futures = (torch.tensor(column).view(T, N) for column in columns)
+        T, N = self.config.rollout_steps, len(self.envs)
+        items, finals = [], {}
+        choices = torch.zeros(T, N, dtype=torch.long)
+        log_probs, entropies, rewards, durations, successes = torch.zeros(5, T, N)
+        terminated, ended = torch.zeros(2, T, N, dtype=torch.bool)
+        for t in range(T):
+            now = [self.agent.describe(*told) for told in self.now]
+            items += now
+            for n, log_pi in enumerate(self.log_probs(now)):  # [A]
+                choice = sample(log_pi, self.rngs[n])
+                obs, reward, done, cut, info = act(self.envs[n], self.now[n][1], choice)
+                choices[t, n] = choice
+                log_probs[t, n] = log_pi[choice]
+                entropies[t, n] = entropy(log_pi)
+                rewards[t, n] = reward
+                durations[t, n] = info.get("duration", 1)
+                terminated[t, n] = done
+                ended[t, n] = done or cut
+                # A world that does not tell its success counts as solved if its episode ends, or
+                # is cut, on a reward.
+                successes[t, n] = (done or cut) and info.get("success", reward > 0)
+                # A time limit cuts an episode that still had a future. Keep its last
+                # observation: its value stands for that future.
+                if cut and not done:
+                    finals[t, n] = self.agent.describe(obs, info)
+                self.now[n] = self.envs[n].reset() if done or cut else (obs, info)
 
         # The critic chooses no action, so ask for all values at once. V(s_{t+1}) stands one row
         # below V(s_t); after the last row, it is the value of where the environments stand now.
-        values = self.agent.values([*items, *after]).cpu().view(T + 1, N)
-        next_values = torch.where(ended, futures, values[1:])
-        rollout = Rollout([*items], *columns, ended, values[:T], next_values)
-        for name in ("rewards", "values", "next_values"):
-            if not torch.isfinite(getattr(rollout, name)).all():
-                raise FloatingPointError(f"the {name} of a rollout are not finite")
-        return rollout
+        after = [self.agent.describe(*told) for told in self.now]
+        values = self.agent.values(items + after).cpu().view(T + 1, N)
+        next_values = values[1:].clone()
+        for (t, n), item in finals.items():
+            next_values[t, n] = self.agent.values([item]).item()
+        return Rollout(items, choices, log_probs, entropies, values[:T], next_values,
+                       rewards, durations, terminated, ended, successes)
 
-    def play(self):
-        """Take the T * N actions. Returns what `take` returns of each, and the items shown then.
-
-        Time comes first, environments second. A subclass may take the actions in another order,
-        because environments do not know of each other.
-        """
-        taken = []
-        items = [self.agent.describe(*told) for told in self.now]
-        for _ in range(self.config.rollout_steps):
-            for n, log_pi in enumerate(self.agent.log_probs(items)):  # [A]
-                taken.append(self.take(n, items[n], log_pi))
-            items = [self.agent.describe(*told) for told in self.now]
-        return taken, items
-
-    def take(self, n, item, log_pi):
-        """Take an action in environment n, which shows this item, by log pi [A].
-
-        Returns the fields of a Rollout down to `ended`, and V of a future that was cut off.
-        """
-        choice = sample(log_pi, self.rngs[n])
-        obs, reward, done, cut, info = act(self.envs[n], self.now[n][1], choice)
-        # A world that does not tell its success counts as solved if its episode ends, or is cut,
-        # on a reward.
-        success = (done or cut) and info.get("success", reward > 0)
-        # A time limit cuts an episode that still had a future. The value of its last observation
-        # stands for that future.
-        future = 0.0
-        if cut and not done:
-            future = self.agent.values([self.agent.describe(obs, info)]).item()
-        self.now[n] = self.envs[n].reset() if done or cut else (obs, info)
-        return (item, choice, log_pi[choice].item(), entropy(log_pi).item(), float(reward),
-                float(info.get("duration", 1)), float(success), bool(done), bool(done or cut),
-                future)
+    def log_probs(self, items):
+        """Return log pi [A] of each item, to act by. A subclass may share this work."""
+        return self.agent.log_probs(items)
 
     def update(self, rollout, advantages, returns):
         """Improve critic and policy on one rollout. Returns the means of what was measured.

@@ -1,8 +1,8 @@
 """Several processes. Without them, one process computes the same, only slower.
 
 torchrun and accelerate launch start them. Each steps a share of the environments and scores a share
-of the prompts, in acting and in every minibatch (engine/trainer.py); the first one alone writes,
-evaluates and prints.
+of the prompts, in acting and in every minibatch (engine/trainer.py); the first one alone holds the
+policy to its base, writes, evaluates and prints.
 """
 import contextlib
 import datetime

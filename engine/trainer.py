@@ -2,7 +2,8 @@
 
 `Trainer` is ppo.PPO with a few methods overridden:
 
-    play               act, and score a share of what the environments of all processes show
+    rollout            gather the rollouts of several processes into one
+    log_probs          score a share of what the environments of all processes show
     hold               let the first process alone hold the policy to its beginning
     policy_gradient    take a share of a minibatch, in parts, and add up the gradients
     step               leave out a step whose gradient is not finite, and count it
@@ -12,9 +13,10 @@ With one process and gradient_accumulation 1 it computes exactly what ppo.PPO co
 scores equal items once, as twosome.Agent does. Several processes step a share of the environments
 each. They also score a share of the distinct items each, in acting and in every minibatch. So an
 item must be a value, as a tuple of texts is: it can be hashed and pickled, and its copy is equal to
-it. If an agent has a dict `known` of what its critic has read, as twosome.Agent does, processes
-exchange what is new in it. Every process does everything else alike, the critic's steps included,
-because sending the gradient of a small MLP takes longer than computing it.
+it and has the same repr. If an agent has a dict `known` of what its critic has read, as
+twosome.Agent does, processes exchange what is new in it. The first one alone holds the policy to
+its beginning. All do the rest alike, the critic's steps included, because sending the gradient of
+a small MLP takes longer than computing it.
 """
 import dataclasses
 import sys
@@ -49,8 +51,8 @@ class Trainer(ppo.PPO):
         """Keep this process's share of the environments."""
         self.rank, self.world = place()
         super().__init__(make_env, agent, config, seed)
-        size = config.num_envs // self.world  # environments of this process
-        self.share = slice(self.rank * size, (self.rank + 1) * size)
+        self.size = config.num_envs // self.world  # environments of this process
+        self.share = slice(self.rank * self.size, (self.rank + 1) * self.size)
         self.envs, self.rngs, self.now = (x[self.share] for x in (self.envs, self.rngs, self.now))
         self.skipped, self.in_a_row = 0, {"policy": 0, "critic": 0}
 
@@ -58,38 +60,41 @@ class Trainer(ppo.PPO):
         """Run one iteration. Its metrics count the steps that were left out, too."""
         return {**super().iterate(), "skipped": self.skipped}
 
-    def play(self):
-        """With several processes, share the work. Returns the actions of all of them.
+    def rollout(self):
+        """Act, and join the rollouts of all processes, environments side by side."""
+        # The policy has moved since the last rollout. What its critic has read stays right.
+        self.scores, known = {}, getattr(self.agent, "known", {})
+        before, mine = {*known}, super().rollout()
+        self.log_probs([])
+        # Each process has read what its own environments show; the update asks for all of it.
+        known.update(sum(gather([pair for pair in known.items() if pair[0] not in before]), []))
+        items, *columns = zip(*(vars(part).values() for part in gather(mine)), strict=True)
+        rows = (each[n:n + self.size] for n in range(0, len(items[0]), self.size) for each in items)
+        joined = ppo.Rollout(sum(rows, []), *(torch.cat(column, 1) for column in columns))
+        for name in ("rewards", "values", "next_values"):
+            if not torch.isfinite(getattr(joined, name)).all():
+                raise FloatingPointError(f"the {name} of a rollout are not finite")
+        return joined
 
-        Let each environment go on by itself until it shows an item that has no score yet. Then
-        score what they show: as many items at once as can be, and each in one process alone.
+    def log_probs(self, items):
+        """Score what the environments of all processes show, a new item in one process alone.
+
+        A process asks the others only if its own show something new, for which they stop when they
+        ask next. One that has done all its steps has no items: it scores until none asks any more.
         """
-        if self.world == 1:
-            return super().play()
-        T, scores, known = self.config.rollout_steps, {}, getattr(self.agent, "known", {})
-        before, taken = {*known}, [[] for _ in self.envs]
-        new = items = [self.agent.describe(*told) for told in self.now]
-        while new:
-            for n, mine in enumerate(taken):
-                while len(mine) < T and items[n] in scores:
-                    mine.append(self.take(n, items[n], scores[items[n]]))
-                    items[n] = self.agent.describe(*self.now[n])
-            shown = [item for item, mine in zip(items, taken, strict=True) if len(mine) < T]
-            new = [*dict.fromkeys(sum(gather(shown), []))]  # a set's order differs by process
+        while not items or any(item not in self.scores for item in items):
+            # Not a set, whose order differs between processes.
+            new = [*dict.fromkeys(x for x in sum(gather(items), []) if x not in self.scores)]
+            if not new:
+                break
             share = new[self.rank::self.world]
             # Scores travel through the CPU, because a process cannot read another one's GPU.
             own = [log_pi.cpu() for log_pi in (share and self.agent.log_probs(share))]
-            # Who scores one item less reads one more for the critic, if nobody has yet.
-            for item in new[self.world - 1 - self.rank::self.world]:
-                self.agent.values([item])
-            scores.update(sum(gather([*zip(share, own, strict=True)]), []))
-        # The update asks for all that any of them has read.
-        known.update(sum(gather([pair for pair in known.items() if pair[0] not in before]), []))
-        taken = sum(gather(taken), [])
-        return [each for step in zip(*taken, strict=True) for each in step], sum(gather(items), [])
+            self.scores.update(sum(gather([*zip(share, own, strict=True)]), []))
+        return [self.scores[item] for item in items]
 
     def hold(self, turn):
-        """Hold the policy to its beginning in the first process, whose share is smaller for it."""
+        """Let the first process alone hold the policy; `parts` gives it fewer items."""
         if self.rank == 0:
             super().hold(turn)
 
@@ -115,7 +120,7 @@ class Trainer(ppo.PPO):
         sorted, because those that begin alike share what they begin with.
         """
         count = -(-self.config.gradient_accumulation // self.world)  # parts of each process
-        # The first process also reads the texts of hold: our choice is that they stand for 8 items.
+        # Our choice: the texts of hold count as 8 items. They come first, in the first process.
         held = [None] * 8 if self.config.base_kl and self.world > 1 else []
         items = held + sorted(dict.fromkeys(rollout.items[i] for i in batch), key=repr)
         part = {item: n * self.world * count // len(items) for n, item in enumerate(items)}

@@ -336,7 +336,7 @@ def watching():
             (ppo.PPO, "policy_gradient", "policy loss"), (ppo.PPO, "step", "optimisers"),
             (ppo.PPO, "update", "update, the rest"),
             (trainer.Trainer, "add_up", "adding up gradients"),
-            (trainer, "gather", "gathering rollouts"),
+            (trainer, "gather", "exchange with the other processes"),
             (ppo, "evaluate", "evaluations, the rest"),
             (ppo.PPO, "iterate", "iteration, the rest"),
             (twosome, "build", "loading the model"),

@@ -5,7 +5,7 @@
     python experiments/claims.py --only learning --models smollm2 --tasks tomato-salad --seeds 1 2
     python experiments/claims.py --list                   the jobs, their estimated CPU hours
     python experiments/claims.py --report                 tables and pictures, from what is stored
-    python experiments/claims.py --quick                  short runs in runs/quick, for a look
+    python experiments/claims.py --quick                  short runs, for a look in ten minutes
 
 The measurement is a table of jobs (jobs.py). A job has a name, a kind (a function in KINDS) and
 arguments, and runs in a process of its own on one core. When it has finished, it leaves one small

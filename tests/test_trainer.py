@@ -103,6 +103,26 @@ def test_two_processes_share_a_minibatch_and_the_one_that_holds_gets_less(penalt
     assert len(shares[1]) - len(shares[0]) == fewer
 
 
+def test_others_are_asked_only_where_an_item_is_new(monkeypatch):
+    """A process need not wait at each step; what another one showed has its score already."""
+    learner = trainer.Trainer(Corridor, MLP(4, 2), CONFIG, seed=1)
+    learner.scores, asked = {}, []
+    items = [(tuple(row), ()) for row in torch.eye(4).tolist()]
+
+    def gather(value):
+        asked.append(value)
+        return [value, items[2:]] if value == items[:2] else [value]
+
+    monkeypatch.setattr(trainer, "gather", gather)
+    with torch.no_grad():
+        first = learner.log_probs(items[:2])
+        assert len(asked) == 2 and [item for item, _ in asked[1]] == items
+        again = learner.log_probs(items)
+        assert len(asked) == 2 and all(map(torch.equal, again, learner.agent.log_probs(items)))
+        assert all(map(torch.equal, again, first))
+        assert learner.log_probs([]) == [] and len(asked) == 3  # nobody asks any more
+
+
 def test_the_first_process_alone_holds_the_policy(monkeypatch):
     turns = []
     monkeypatch.setattr(ppo.PPO, "hold", lambda self, turn: turns.append((self.rank, turn)))
