@@ -51,8 +51,7 @@ class Trainer(ppo.PPO):
         """Keep this process's share of the environments."""
         self.rank, self.world = place()
         super().__init__(make_env, agent, config, seed)
-        self.size = config.num_envs // self.world  # environments of this process
-        self.share = slice(self.rank * self.size, (self.rank + 1) * self.size)
+        self.share = slice(self.rank, None, self.world)  # of the environments, and of other lists
         self.envs, self.rngs, self.now = (x[self.share] for x in (self.envs, self.rngs, self.now))
         self.skipped, self.in_a_row = 0, {"policy": 0, "critic": 0}
 
@@ -69,8 +68,8 @@ class Trainer(ppo.PPO):
         # Each process has read what its own environments show; the update asks for all of it.
         known.update(sum(gather([pair for pair in known.items() if pair[0] not in before]), []))
         items, *columns = zip(*(vars(part).values() for part in gather(mine)), strict=True)
-        rows = (each[n:n + self.size] for n in range(0, len(items[0]), self.size) for each in items)
-        joined = ppo.Rollout(sum(rows, []), *(torch.cat(column, 1) for column in columns))
+        items = [item for group in zip(*items, strict=True) for item in group]
+        joined = ppo.Rollout(items, *(torch.stack(column, 2).flatten(1) for column in columns))
         for name in ("rewards", "values", "next_values"):
             if not torch.isfinite(getattr(joined, name)).all():
                 raise FloatingPointError(f"the {name} of a rollout are not finite")
@@ -82,14 +81,16 @@ class Trainer(ppo.PPO):
         A process asks the others only if its own show something new, for which they stop when they
         ask next. One that has done all its steps has no items: it scores until none asks any more.
         """
-        while not items or any(item not in self.scores for item in items):
+        new = True
+        while new and (not items or any(item not in self.scores for item in items)):
             # Not a set, whose order differs between processes.
             new = [*dict.fromkeys(x for x in sum(gather(items), []) if x not in self.scores)]
-            if not new:
-                break
-            share = new[self.rank::self.world]
+            share = new[self.share]
             # Scores travel through the CPU, because a process cannot read another one's GPU.
             own = [log_pi.cpu() for log_pi in (share and self.agent.log_probs(share))]
+            # Share what the critic reads, too, in another order: who scores less reads more.
+            for item in new[self.world - 1 - self.rank::self.world] * (self.world > 1):
+                self.agent.values([item])
             self.scores.update(sum(gather([*zip(share, own, strict=True)]), []))
         return [self.scores[item] for item in items]
 
@@ -165,7 +166,7 @@ class Trainer(ppo.PPO):
         mine = [*zip(worlds, (rng.bit_generator.state for rng in self.rngs), strict=True)]
         episodes = {name: np.asarray(value).tolist() for name, value in vars(self.episodes).items()}
         return {"updates": self.updates, "skipped": self.skipped, "in_a_row": dict(self.in_a_row),
-                "episodes": episodes, "environments": sum(gather(mine), []),
+                "episodes": episodes, "environments": [*sum(zip(*gather(mine), strict=True), ())],
                 "shuffle": self.shuffle.bit_generator.state}
 
     def load_state_dict(self, state):

@@ -375,6 +375,8 @@ def several(options):
     """Steps a second in one process on one core and in two on two, in turn; and where time goes."""
     facts = {}
     for task, iterations in (("tomato-salad", 6), ("tomato-lettuce-salad", 2)):
+        if options.part not in task:
+            continue
         pairs, parts = [], {1: [], 2: []}
         for _ in range(options.repeats):
             pairs.append([])
@@ -435,7 +437,8 @@ def main(argv=None):
                         " --flags='--num-envs 16'")
     parser.add_argument("--prompts", type=int, default=32, help="of --compare: how many the"
                         " parts named distinct take")
-    parser.add_argument("--part", default="", help="of --compare: parts whose name has this")
+    parser.add_argument("--part", default="", help="of --compare and"
+                        " --processes: parts, or tasks, whose name has this")
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each part")
     parser.add_argument("--steps", type=int, default=0, help="of --profile; 0: the preset's")
     parser.add_argument("--threads", type=int, default=0, help="of --compare; 0: as twosome.py")
