@@ -61,10 +61,10 @@ class Trainer(ppo.PPO):
 
     def rollout(self):
         """Act, and join the rollouts of all processes, environments side by side."""
-        # The policy has moved since the last rollout. What its critic has read stays right.
-        self.scores, known = {}, getattr(self.agent, "known", {})
+        # The policy has moved since the last rollout; what the critic has read stays right.
+        self.scores, known = {}, getattr(self.agent, "known", {}) if self.world > 1 else {}
         before, mine = {*known}, super().rollout()
-        self.log_probs([])
+        self.log_probs([])  # the others may still act
         # Each process has read what its own environments show; the update asks for all of it.
         known.update(sum(gather([pair for pair in known.items() if pair[0] not in before]), []))
         items, *columns = zip(*(vars(part).values() for part in gather(mine)), strict=True)
@@ -78,8 +78,8 @@ class Trainer(ppo.PPO):
     def log_probs(self, items):
         """Score what the environments of all processes show, a new item in one process alone.
 
-        A process asks the others only if its own show something new, for which they stop when they
-        ask next. One that has done all its steps has no items: it scores until none asks any more.
+        A process asks the others only if its own show something new, and waits until they ask, too.
+        One that has done all its steps has no items: it scores until none asks any more.
         """
         new = True
         while new and (not items or any(item not in self.scores for item in items)):
